@@ -1,0 +1,54 @@
+// The functions of ../ptx.cuh in plain C++.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace r3d::cuda {
+
+inline float bf16_to_float(uint16_t bits) {
+  const uint32_t word = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) {
+  if (std::isnan(value)) return 0x7fff;  // what cvt.rn gives for every NaN
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+inline float f16_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  if (exponent == 0) return std::copysign(std::ldexp(float(mantissa), -24), sign ? -1.f : 1.f);
+  const uint32_t word = sign | (exponent == 31 ? 0xffu << 23 : (exponent + 112) << 23) | mantissa << 13;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+inline uint16_t float_to_f16(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (magnitude >= 65520.f) return sign | 0x7c00;
+  // Below 2^-14 the step is constant. nearbyint rounds to nearest even, as the hardware does.
+  if (magnitude < 6.103515625e-5f)
+    return uint16_t(sign + uint16_t(std::nearbyint(std::ldexp(magnitude, 24))));
+  uint32_t word;
+  std::memcpy(&word, &magnitude, 4);
+  word += 0xfff + (word >> 13 & 1);  // a carry runs on into the exponent
+  return uint16_t(sign | ((word >> 13) - (112u << 10)));
+}
+
+inline uint32_t pack_bf16x2(float low, float high) {
+  return uint32_t(float_to_bf16(high)) << 16 | float_to_bf16(low);
+}
+inline uint32_t pack_f16x2(float low, float high) {
+  return uint32_t(float_to_f16(high)) << 16 | float_to_f16(low);
+}
+
+}  // namespace r3d::cuda
