@@ -1,11 +1,74 @@
-"""Fused layers for 3-D ResNets."""
+"""Fused layers: what a block of a network calls, and the same as a module."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["avg_pool_linear", "conv_bn_act", "max_pool3d"]
+from r3d_kernels import _extension
+from r3d_kernels._layer import state_of
+from r3d_kernels.ops import _check
+from r3d_kernels.ops.conv3d import is_plain, needs_gradient
+from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
+from r3d_kernels.ops.pool import max_pool3d as _max_pool3d
+
+__all__ = ["ConvBNAct3d", "avg_pool_linear", "conv_bn_act", "max_pool3d"]
+
+_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> str | None:
+    """Why this layer has to go through its stock modules, or None."""
+    if type(conv) is not nn.Conv3d or hasattr(conv, "parametrizations"):
+        return "the convolution is a subclass or parametrized"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
+    if _has_hooks(conv) or (bn is not None and _has_hooks(bn)):
+        return "a forward hook wants to see the intermediate result"
+    tensors = [x, residual, conv.weight, conv.bias]
+    if bn is not None:
+        if type(bn) not in _NORMS or hasattr(bn, "parametrizations"):
+            return f"the norm is a {type(bn).__name__}"
+        if bn.training or bn.running_mean is None:
+            return "batch norm uses the statistics of the batch"
+        tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    if not is_plain(*tensors):
+        return "tracing, or tensors without data of their own"
+    if needs_gradient(*tensors):
+        if not conv.training and not x.requires_grad:
+            _warn_once_about_gradients()
+        return "a gradient is needed"
+    return None
+
+
+_warned_about_gradients = False
+
+
+def _warn_once_about_gradients() -> None:
+    global _warned_about_gradients
+    if not _warned_about_gradients:
+        _warned_about_gradients = True
+        warnings.warn(
+            "fused=True, but gradients are enabled, so the stock layers run: "
+            "wrap inference in torch.inference_mode() or torch.no_grad()",
+            stacklevel=5,
+        )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would convolve in; x's own outside autocast."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def conv_bn_act(
@@ -17,19 +80,165 @@ def conv_bn_act(
     residual: Tensor | None = None,
     fused: bool = True,
 ) -> Tensor:
-    y = conv(x)
-    if bn is not None:
-        y = bn(y)
+    """``act(bn(conv(x)) + residual)`` from the modules that own the parameters.
+
+    Fused in evaluation mode where no gradient is needed; otherwise (training, gradients, hooks on `conv` or `bn`,
+    padding modes, `torch.compile`, tracing) the modules themselves run. Packed weights follow every change of the
+    parameters and are never saved, copied or pickled.
+
+    Args:
+        x: [N, C, D, H, W], dtype of the parameters (autocast may change it).
+        conv: the convolution, with or without bias.
+        bn: its batch norm, or None.
+        activation: "relu" or None.
+        residual: [N, K, D', H', W'] or None, added before the activation.
+        fused: False always runs the modules.
+
+    Returns:
+        [N, K, D', H', W']; channels_last_3d where fused.
+
+    Raises:
+        TypeError: for a mix of dtypes.
+        ValueError: for wrong shapes, a mix of devices, an unknown activation.
+    """
+    act = _check.activation(activation)
+    if not fused or _why_stock(x, conv, bn, residual) is not None:
+        y = conv(x)
+        if bn is not None:
+            y = bn(y)
+        if residual is not None:
+            # torch would broadcast; what is being traced has no shape yet
+            if isinstance(y, Tensor) and isinstance(residual, Tensor) and residual.shape != y.shape:
+                raise ValueError(
+                    f"residual: expected the output's shape {list(y.shape)}, got {list(residual.shape)}"
+                )
+            y = y + residual
+        return F.relu(y) if activation == "relu" else y
+
+    _check.tensor(x, "x")
+    dtype = _compute_dtype(x)
+    if dtype != x.dtype:
+        x = x.to(dtype)
+        if residual is not None:
+            residual = residual.to(dtype)
+    elif conv.weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected {conv.weight.dtype}, the dtype of the parameters, got {x.dtype}")
     if residual is not None:
-        y = y + residual
-    if activation == "relu":
-        y = F.relu(y)
-    return y
+        _check.same_dtype(residual, "residual", dtype)
+        _check.same_device(residual, "residual", x.device)
+    _check.same_device(conv.weight, "conv.weight", x.device)
+    weight = conv.weight
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    _check.output_shape(x.shape, weight.shape, *geometry, None if residual is None else residual.shape, act)
+    norm = None
+    if bn is not None:
+        norm = (bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    return state_of(conv).run(x, residual, weight, conv.bias, norm, *geometry, activation)
 
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:
-    return pool(x)
+    """``pool(x)``, by our channels-last kernel where it can. x: [N, C, D, H, W]."""
+    plain = not (pool.return_indices or pool.ceil_mode or _has_hooks(pool)) and pool.dilation in (
+        1,
+        (1, 1, 1),
+    )
+    if not fused or not plain or type(pool) is not nn.MaxPool3d:
+        return pool(x)
+    return _max_pool3d(x, pool.kernel_size, pool.stride, pool.padding)
 
 
 def avg_pool_linear(x: Tensor, fc: nn.Linear, *, fused: bool = True) -> Tensor:
-    return fc(F.adaptive_avg_pool3d(x, 1).flatten(1))
+    """``fc(mean of x over D, H, W)``. x: [N, C, D, H, W] -> [N, classes]."""
+    stock = (
+        not fused
+        or type(fc) is not nn.Linear
+        or _has_hooks(fc)
+        or hasattr(fc, "parametrizations")
+        or x.dtype != fc.weight.dtype  # autocast, or an error that torch words best
+        or torch.is_autocast_enabled(x.device.type)
+        or _extension.error is not None
+    )
+    if stock:
+        return fc(F.adaptive_avg_pool3d(x, 1).flatten(1))
+    return _avg_pool_linear(x, fc.weight, fc.bias)
+
+
+class ConvBNAct3d(nn.Module):
+    """Convolution, batch norm, residual and activation as one layer.
+
+    Parameters keep their stock names: `conv.weight`, `bn.weight`, `bn.bias`, `bn.running_mean`, `bn.running_var`,
+    `bn.num_batches_tracked`. Trains through the stock layers; fused in evaluation (see `conv_bn_act`).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv3d`.
+        eps, momentum: as in `nn.BatchNorm3d`.
+        activation: "relu" or None.
+        fused: False runs the stock layers; an attribute that may be changed at any time.
+        device, dtype: of the parameters.
+
+    Shape:
+        x [N, C, D, H, W], residual [N, K, D', H', W'] or None -> [N, K, D', H', W'].
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        activation: str | None = "relu",
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check.activation(activation)
+        self.conv = nn.Conv3d(
+            in_channels,
+            out_channels,
+            _check.triple(kernel_size, "kernel_size"),
+            _check.triple(stride, "stride"),
+            _check.triple(padding, "padding"),
+            _check.triple(dilation, "dilation"),
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = nn.BatchNorm3d(out_channels, eps=eps, momentum=momentum, device=device, dtype=dtype)
+        self.activation = activation
+        self.fused = fused
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Conv3d, bn: nn.BatchNorm3d, activation: str | None = "relu", fused: bool = True
+    ) -> ConvBNAct3d:
+        """The layer around existing modules; parameters are shared, not copied."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        _check.activation(activation)
+        if not isinstance(conv, nn.Conv3d):
+            raise TypeError(f"conv: expected an nn.Conv3d, got {type(conv).__name__}")
+        if not isinstance(bn, nn.BatchNorm3d) or bn.num_features != conv.out_channels:
+            raise ValueError(f"bn: expected an nn.BatchNorm3d of {conv.out_channels} features, got {bn}")
+        layer.conv, layer.bn, layer.activation, layer.fused = conv, bn, activation, fused
+        layer.train(conv.training)
+        return layer
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return conv_bn_act(
+            x, self.conv, self.bn, activation=self.activation, residual=residual, fused=self.fused
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, fused={self.fused}"

@@ -1,0 +1,69 @@
+// How a direct convolution is cut up: the reduction into chunks whose packed weights stay in cache, the
+// output pixels into blocks, the output channels into panels. The packer and every kernel follow the same
+// plan.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../conv3d.h"
+#include "isa.h"
+
+namespace r3d::cpu {
+
+// The reduction index runs over (t, r, s, c); for fixed (t, r) the pairs (s, c) form a "row" of S*C elements
+// that lies contiguously in a channels-last input when dilation.w == 1. A chunk is a piece of one row, or
+// several whole rows of one t.
+struct Chunk {
+  int32_t t, r, rows;  // rows r .. r+rows-1 of plane t
+  int32_t pos, len;    // piece [pos, pos+len) of the row; whole rows when rows > 1
+  int64_t packed;      // first step of this chunk in the packed reduction
+  int32_t steps;       // steps of the kernel (one element, or one bf16 pair) in this chunk
+};
+
+// Traits of a micro-kernel: what the packer has to know.
+struct KernelTraits {
+  Isa isa;
+  bool dot;   // weights stay bfloat16, in pairs for vdpbf16ps; float32 otherwise
+  int lanes;  // float32 lanes of one vector
+  int panel;  // output channels of a full panel: a multiple of lanes
+  int chunk;  // upper limit for the elements of a chunk
+};
+
+KernelTraits kernel_traits(Isa isa, DType dtype);
+
+std::vector<Chunk> plan_chunks(int64_t c, const Dim3& kernel, const KernelTraits& traits);
+int64_t plan_steps(const std::vector<Chunk>& chunks);
+
+// Packed weights: a 64-byte header, then for every panel of output channels
+// [steps][panel width] float32, or [steps][panel width][2] bfloat16. The last panel is narrower (a multiple
+// of lanes).
+struct PackHeader {
+  uint32_t magic;
+  int32_t isa, dot;
+  int32_t t, r, s;
+  int64_t c, k;
+  int64_t bytes;
+  int32_t reserved[4];
+};
+static_assert(sizeof(PackHeader) == 64, "the payload behind the header must stay 64-byte aligned");
+
+constexpr uint32_t kPackMagic = 0x52334431;  // "R3D1"
+
+int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits);
+// weight: [K, C, T, R, S] of T = float, double or uint16_t (bfloat16 bits); scale: [K] or null, multiplied in
+// float64.
+template <class T>
+void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, const Dim3& kernel,
+                  const KernelTraits& traits, void* out);
+// nullptr when `packed` fits the problem, otherwise what is wrong with it.
+const char* check_packed(const void* packed, int64_t bytes, int64_t k, int64_t c, const Dim3& kernel,
+                         DType dtype);
+
+// Runs the convolution that `packed` was made for. Throws std::runtime_error where the machine cannot.
+void conv3d_direct(const ConvArgs& args);
+
+void max_pool3d(const PoolArgs& args);
+void avg_pool_linear(const HeadArgs& args);
+
+}  // namespace r3d::cpu

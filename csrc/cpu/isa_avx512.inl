@@ -1,0 +1,70 @@
+// Vector policy: sixteen float32 lanes. Included inside the namespace and target options of its user.
+
+struct V {
+  using Reg = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kPanelVectors = 4;
+  // 32 registers: MR*NV accumulators, NV weights, one activation
+  static constexpr int max_rows(int nv) { return nv == 4 ? 6 : nv == 3 ? 8 : 12; }
+
+  static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static inline Reg zero() { return _mm512_setzero_ps(); }
+  static inline Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline Reg load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static inline void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static inline void store_part(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static inline Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static inline Reg set(float v) { return _mm512_set1_ps(v); }
+  static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  // the second operand of max is returned for NaN: keep the value there
+  static inline Reg relu(Reg v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+  // torch's rule: take v when it is greater or NaN
+  static inline Reg pool_max(Reg m, Reg v) {
+    const __mmask16 take =
+        static_cast<__mmask16>(_mm512_cmp_ps_mask(v, m, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q));
+    return _mm512_mask_mov_ps(m, take, v);
+  }
+  static inline float sum(Reg v) {
+    alignas(64) float t[16];
+    _mm512_store_ps(t, v);
+    float s[8];
+    for (int i = 0; i < 8; ++i) s[i] = t[i] + t[i + 8];
+    for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+  }
+
+  static inline Reg widen(__m256i h) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static inline Reg load_bf16(const uint16_t* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline Reg load_bf16_part(const uint16_t* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  // round to nearest even; integer arithmetic, because vcvtneps2bf16 flushes subnormals
+  static inline __m256i narrow(Reg v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  }
+  static inline void store_bf16(uint16_t* p, Reg v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+  }
+  static inline void store_bf16_part(uint16_t* p, Reg v, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow(v));
+  }
+  static inline void copy16(uint16_t* to, const uint16_t* from, int64_t n) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+    if (i < n) {
+      const __mmask32 m = static_cast<__mmask32>((1ull << (n - i)) - 1ull);
+      _mm512_mask_storeu_epi16(to + i, m, _mm512_maskz_loadu_epi16(m, from + i));
+    }
+  }
+};

@@ -1,0 +1,36 @@
+#include "kernels.h"
+
+#include <stdexcept>
+
+namespace r3d::cpu {
+
+const Kernels& kernels(Isa isa) {
+#if R3D_X86
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kernels_avx512();
+  if (isa == Isa::kAvx2) return kernels_avx2();
+#endif
+  (void)isa;
+  return kernels_scalar();
+}
+
+void conv3d_direct(const ConvArgs& args) {
+  if (args.g.pixels() == 0 || args.g.k == 0) return;
+  const auto& header = *static_cast<const PackHeader*>(args.weight);
+  const Isa isa = static_cast<Isa>(header.isa);
+  const KernelTraits traits = kernel_traits(isa, args.dtype);
+  const std::vector<Chunk> chunks = plan_chunks(args.g.c, args.g.kernel, traits);
+  const int count = static_cast<int>(chunks.size());
+  const int64_t steps = plan_steps(chunks);
+#if R3D_X86
+  if (traits.dot) return conv3d_dot_avx512_bf16(args, chunks.data(), count, steps, traits.chunk);
+#endif
+  const Kernels& k = kernels(isa);
+  (args.dtype == DType::kBFloat16 ? k.conv3d_bf16 : k.conv3d_f32)(args, chunks.data(), count, steps,
+                                                                  traits.chunk);
+}
+
+void max_pool3d(const PoolArgs& args) { kernels(active_isa()).max_pool3d(args); }
+void avg_pool_linear(const HeadArgs& args) { kernels(active_isa()).avg_pool_linear(args); }
+void bn_act(const BnActArgs& args) { kernels(active_isa()).bn_act(args); }
+
+}  // namespace r3d::cpu

@@ -1,0 +1,49 @@
+// The entry points that every instruction set provides.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../conv3d.h"
+#include "../norm.h"
+#include "conv3d_plan.h"
+
+#if defined(__x86_64__)
+#define R3D_X86 1
+#else
+#define R3D_X86 0
+#endif
+
+namespace r3d::cpu {
+
+struct Kernels {
+  void (*conv3d_f32)(const ConvArgs&, const Chunk*, int, int64_t, int);
+  void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
+  void (*max_pool3d)(const PoolArgs&);
+  void (*avg_pool_linear)(const HeadArgs&);
+  void (*bn_act)(const BnActArgs&);
+};
+
+const Kernels& kernels_scalar();
+#if R3D_X86
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+void conv3d_dot_avx512_bf16(const ConvArgs&, const Chunk*, int, int64_t, int);
+#endif
+
+const Kernels& kernels(Isa isa);
+
+void bn_act(const BnActArgs& args);
+
+}  // namespace r3d::cpu
+
+// Defines kernels_ISA() from the templates that the namespace ISA has included.
+#define R3D_DEFINE_KERNELS(ISA)                                                                            \
+  namespace r3d::cpu {                                                                                     \
+  const Kernels& kernels_##ISA() {                                                                         \
+    static const Kernels k{&ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, float>,                          \
+                           &ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, &ISA::max_pool3d_any, \
+                           &ISA::avg_pool_linear_any, &ISA::bn_act_any};                                   \
+    return k;                                                                                              \
+  }                                                                                                        \
+  }

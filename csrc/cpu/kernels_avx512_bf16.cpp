@@ -1,0 +1,49 @@
+// AVX-512 BF16: products of bfloat16 pairs with float32 accumulation (vdpbf16ps).
+#include "kernels.h"
+
+#if R3D_X86
+#include <immintrin.h>
+
+#include "parallel.h"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+namespace r3d::cpu::avx512_bf16 {
+#include "conv3d_kernel.inl"
+#include "isa_avx512.inl"
+
+struct MathDot {
+  using A = uint16_t;
+  static constexpr int kStep = 2;
+  template <int MR, int NV>
+  static inline __attribute__((always_inline)) void run(V::Reg (&acc)[MR][NV], const A* const* rows,
+                                                        const char* weights, int steps) {
+    const A* a[MR];
+    for (int i = 0; i < MR; ++i) a[i] = rows[i];
+#pragma GCC unroll 2
+    for (int e = 0; e < steps; ++e) {
+      __m512bh w[NV];
+      for (int j = 0; j < NV; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + j * 64));
+      for (int i = 0; i < MR; ++i) {
+        int pair;
+        __builtin_memcpy(&pair, a[i] + 2 * e, 4);
+        const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], v, w[j]);
+      }
+      weights += NV * 64;
+    }
+  }
+};
+
+void conv3d_dot(const ConvArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk) {
+  run_direct<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
+}
+}  // namespace r3d::cpu::avx512_bf16
+#pragma GCC pop_options
+
+namespace r3d::cpu {
+void conv3d_dot_avx512_bf16(const ConvArgs& args, const Chunk* chunks, int count, int64_t steps,
+                            int max_chunk) {
+  avx512_bf16::conv3d_dot(args, chunks, count, steps, max_chunk);
+}
+}  // namespace r3d::cpu
+#endif

@@ -1,0 +1,497 @@
+// Schemas and argument checks of every op, once for all devices. Uses torch's stable ABI only, so that one
+// binary serves every supported torch. Kernels get pointers and structs from here, never tensors.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv3d.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "norm.h"
+
+#ifdef R3D_WITH_CUDA
+// Lives in libtorch_cuda, which a CPU build of torch does not have: weak, and only called with CUDA tensors.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
+
+namespace r3d {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+// Errors carry the sentence only: the user's own stack says where.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream s;
+  (s << ... << parts);
+  throw std::runtime_error(s.str());
+}
+#define R3D_CHECK(condition, ...)        \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
+  } while (false)
+
+std::string text(const Ints& v) {
+  std::ostringstream s;
+  s << '[';
+  for (size_t i = 0; i < v.size(); ++i) s << (i ? ", " : "") << v[i];
+  s << ']';
+  return s.str();
+}
+
+Ints sizes(const Tensor& t) {
+  Ints v(static_cast<size_t>(t.dim()));
+  for (size_t i = 0; i < v.size(); ++i) v[i] = t.size(static_cast<int64_t>(i));
+  return v;
+}
+
+const char* name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "another dtype";
+  }
+}
+
+Dim3 triple(const Ints& v, const char* argument, int64_t least) {
+  R3D_CHECK(v.size() == 3, argument, ": expected 3 integers (depth, height, width), got ", v.size());
+  for (int64_t i : v) R3D_CHECK(i >= least, argument, ": expected integers >= ", least, ", got ", text(v));
+  return {v[0], v[1], v[2]};
+}
+
+Activation activation_of(const std::string& s) {
+  R3D_CHECK(s == "relu" || s == "none", "activation: expected 'relu' or 'none', got '", s, "'");
+  return s == "relu" ? Activation::kRelu : Activation::kNone;
+}
+
+Dim3 output_size(const Dim3& in, const Dim3& kernel, const Dim3& stride, const Dim3& padding,
+                 const Dim3& dilation) {
+  const Dim3 out{conv_out_size(in.d, kernel.d, stride.d, padding.d, dilation.d),
+                 conv_out_size(in.h, kernel.h, stride.h, padding.h, dilation.h),
+                 conv_out_size(in.w, kernel.w, stride.w, padding.w, dilation.w)};
+  auto fits = [](int64_t i, int64_t k, int64_t p, int64_t l) { return i + 2 * p >= l * (k - 1) + 1; };
+  R3D_CHECK(fits(in.d, kernel.d, padding.d, dilation.d) && fits(in.h, kernel.h, padding.h, dilation.h) &&
+                fits(in.w, kernel.w, padding.w, dilation.w),
+            "kernel_size: the kernel does not fit: input ", text({in.d, in.h, in.w}), " with padding ",
+            text({padding.d, padding.h, padding.w}), " is smaller than kernel ",
+            text({kernel.d, kernel.h, kernel.w}), " with dilation ",
+            text({dilation.d, dilation.h, dilation.w}));
+  return out;
+}
+
+// The one place where the geometry of a convolution is judged.
+ConvGeometry geometry(const Ints& input, int64_t out_channels, int64_t channels_per_group,
+                      const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
+                      int64_t groups) {
+  R3D_CHECK(input.size() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(input));
+  ConvGeometry g{};
+  g.n = input[0];
+  g.c = input[1];
+  g.in = {input[2], input[3], input[4]};
+  g.k = out_channels;
+  g.kernel = triple(kernel_size, "kernel_size", 1);
+  g.stride = triple(stride, "stride", 1);
+  g.padding = triple(padding, "padding", 0);
+  g.dilation = triple(dilation, "dilation", 1);
+  R3D_CHECK(groups >= 1, "groups: expected an integer >= 1, got ", groups);
+  R3D_CHECK(out_channels >= 1, "weight: expected at least 1 output channel, got ", out_channels);
+  R3D_CHECK(g.c % groups == 0 && out_channels % groups == 0, "groups: expected a divisor of the ", g.c,
+            " input and ", out_channels, " output channels, got ", groups);
+  R3D_CHECK(g.c == channels_per_group * groups, "x: expected ", channels_per_group * groups,
+            " channels (weight has ", channels_per_group, " a group, groups=", groups, "), got ", g.c,
+            " in shape ", text(input));
+  R3D_CHECK(g.c >= 1 && g.in.d >= 1 && g.in.h >= 1 && g.in.w >= 1,
+            "x: only the batch may be empty, got shape ", text(input));
+  g.out = output_size(g.in, g.kernel, g.stride, g.padding, g.dilation);
+  return g;
+}
+
+Ints output_shape(const ConvGeometry& g) { return {g.n, g.k, g.out.d, g.out.h, g.out.w}; }
+
+void check_residual_shape(const Ints& residual, const Ints& expected) {
+  R3D_CHECK(residual == expected, "residual: expected the output's shape ", text(expected), ", got ",
+            text(residual));
+}
+
+// int[] input shape, weight shape, ... -> output shape. An empty residual shape means none.
+Ints conv3d_check(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                  Ints residual, std::string activation) {
+  R3D_CHECK(weight.size() == 5, "weight: expected 5 dimensions [K, C/groups, T, R, S], got shape ",
+            text(weight));
+  activation_of(activation);
+  const ConvGeometry g = geometry(input, weight[0], weight[1], {weight[2], weight[3], weight[4]}, stride,
+                                  padding, dilation, groups);
+  if (!residual.empty()) check_residual_shape(residual, output_shape(g));
+  return output_shape(g);
+}
+
+DType dtype_of(const Tensor& t, const char* argument, bool half_allowed = false) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      if (half_allowed) return DType::kFloat16;
+      [[fallthrough]];
+    default:
+      R3D_CHECK(false, argument, ": expected float32",
+                half_allowed ? ", bfloat16 or float16" : " or bfloat16", ", got ", name(t.scalar_type()));
+  }
+  return DType::kFloat32;
+}
+
+void check_same(const Tensor& t, const char* argument, const Tensor& x) {
+  R3D_CHECK(t.scalar_type() == x.scalar_type(), argument, ": expected the dtype of x, ",
+            name(x.scalar_type()), ", got ", name(t.scalar_type()));
+  R3D_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(),
+            argument, ": expected a tensor on the device of x");
+}
+
+bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  for (int dim : {1, 4, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != expected) return false;
+    expected *= t.size(dim);
+  }
+  return true;
+}
+
+Tensor channels_last(const Tensor& t) {
+  if (t.numel() == 0 || is_channels_last(t)) return t;
+  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast3d);
+}
+
+Tensor plain(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor empty_channels_last(const Ints& shape, const Tensor& like) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast3d);
+}
+
+// ---- convolution
+// ---------------------------------------------------------------------------------------------------
+
+Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dtype) {
+  R3D_CHECK(weight.dim() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ",
+            text(sizes(weight)));
+  R3D_CHECK(weight.numel() > 0, "weight: expected at least one element, got shape ", text(sizes(weight)));
+  R3D_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+            "dtype: expected float32 or bfloat16, got ", name(dtype));
+  const int64_t k = weight.size(0);
+  const double* factors = nullptr;
+  Tensor s = weight;
+  if (scale) {
+    R3D_CHECK(scale->scalar_type() == ScalarType::Double && scale->dim() == 1 && scale->size(0) == k &&
+                  scale->is_cpu(),
+              "scale: expected a float64 CPU tensor of shape [", k, "]");
+    s = plain(*scale);
+    factors = static_cast<const double*>(s.const_data_ptr());
+  }
+  const DType type = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+  const cpu::KernelTraits traits = cpu::kernel_traits(cpu::active_isa(), type);
+  const Dim3 kernel{weight.size(2), weight.size(3), weight.size(4)};
+  const int64_t c = weight.size(1);
+  Tensor packed = torch::stable::empty(Ints{cpu::packed_bytes(k, c, kernel, traits)}, ScalarType::Byte);
+  // Multiplied in float64 while it is copied: no wide copy of the weights.
+  auto pack = [&](const auto* w) {
+    cpu::pack_weights(w, factors, k, c, kernel, traits, packed.mutable_data_ptr());
+  };
+  const ScalarType stored = weight.scalar_type();
+  const bool as_it_is =
+      stored == ScalarType::Float || stored == ScalarType::Double || stored == ScalarType::BFloat16;
+  const Tensor w = plain(as_it_is ? weight : torch::stable::to(weight, ScalarType::Float));
+  if (stored == ScalarType::Double)
+    pack(static_cast<const double*>(w.const_data_ptr()));
+  else if (stored == ScalarType::BFloat16)
+    pack(static_cast<const uint16_t*>(w.const_data_ptr()));
+  else
+    pack(static_cast<const float*>(w.const_data_ptr()));
+  return packed;
+}
+
+Tensor conv3d_bias_act_cpu(Tensor x, Tensor packed, Tensor bias, std::optional<Tensor> residual,
+                           int64_t out_channels, Ints kernel_size, Ints stride, Ints padding, Ints dilation,
+                           std::string activation) {
+  const Ints input = sizes(x);
+  ConvArgs a{};
+  a.activation = activation_of(activation);
+  R3D_CHECK(input.size() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(input));
+  a.g = geometry(input, out_channels, input[1], kernel_size, stride, padding, dilation, 1);
+  a.dtype = dtype_of(x, "x");
+  R3D_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
+                bias.size(0) == out_channels,
+            "bias: expected a float32 CPU tensor of shape [", out_channels, "], got ",
+            name(bias.scalar_type()), " of shape ", text(sizes(bias)));
+  R3D_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                packed.is_contiguous(),
+            "packed: expected the contiguous uint8 CPU tensor that conv3d_pack returned");
+  const char* wrong =
+      cpu::check_packed(packed.const_data_ptr(), packed.numel(), a.g.k, a.g.c, a.g.kernel, a.dtype);
+  R3D_CHECK(!wrong, "packed: ", wrong ? wrong : "");
+  const Tensor xl = channels_last(x), b = plain(bias);
+  Tensor r = xl;
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), output_shape(a.g));
+    r = channels_last(*residual);
+    a.residual = r.const_data_ptr();
+  }
+  Tensor y = empty_channels_last(output_shape(a.g), x);
+  if (y.numel() == 0) return y;
+  a.x = xl.const_data_ptr();
+  a.weight = packed.const_data_ptr();
+  a.bias = static_cast<const float*>(b.const_data_ptr());
+  a.y = y.mutable_data_ptr();
+  cpu::conv3d_direct(a);
+  return y;
+}
+
+// ---- pooling and head
+// ------------------------------------------------------------------------------------------------
+
+Tensor max_pool3d_cpu(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  PoolArgs a{};
+  a.dtype = dtype_of(x, "x");
+  a.n = x.size(0);
+  a.c = x.size(1);
+  a.in = {x.size(2), x.size(3), x.size(4)};
+  a.kernel = triple(kernel_size, "kernel_size", 1);
+  a.stride = triple(stride, "stride", 1);
+  a.padding = triple(padding, "padding", 0);
+  R3D_CHECK(2 * a.padding.d <= a.kernel.d && 2 * a.padding.h <= a.kernel.h && 2 * a.padding.w <= a.kernel.w,
+            "padding: expected at most half of kernel_size ", text(kernel_size), ", got ", text(padding));
+  a.out = output_size(a.in, a.kernel, a.stride, a.padding, {1, 1, 1});
+  const Tensor xl = channels_last(x);
+  Tensor y = empty_channels_last({a.n, a.c, a.out.d, a.out.h, a.out.w}, x);
+  if (y.numel() == 0) return y;
+  a.x = xl.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  cpu::max_pool3d(a);
+  return y;
+}
+
+Tensor avg_pool_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  R3D_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "weight: expected shape [classes, ", x.size(1),
+            "], got ", text(sizes(weight)));
+  HeadArgs a{};
+  a.dtype = dtype_of(x, "x");
+  check_same(weight, "weight", x);
+  a.n = x.size(0);
+  a.c = x.size(1);
+  a.pixels = x.size(2) * x.size(3) * x.size(4);
+  a.classes = weight.size(0);
+  R3D_CHECK(a.pixels > 0 && a.c > 0, "x: only the batch may be empty, got shape ", text(sizes(x)));
+  const Tensor xl = channels_last(x), w = plain(weight);
+  Tensor b = w;
+  if (bias) {
+    R3D_CHECK(bias->dim() == 1 && bias->size(0) == a.classes, "bias: expected shape [", a.classes, "], got ",
+              text(sizes(*bias)));
+    check_same(*bias, "bias", x);
+    b = plain(*bias);
+    a.bias = b.const_data_ptr();
+  }
+  Tensor y = torch::stable::empty(Ints{a.n, a.classes}, x.scalar_type(), std::nullopt, x.device());
+  if (y.numel() == 0) return y;
+  a.x = xl.const_data_ptr();
+  a.weight = w.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  cpu::avg_pool_linear(a);
+  return y;
+}
+
+// ---- batch-norm application
+// ----------------------------------------------------------------------------------------
+
+// Checks, output and arguments for any device; `keep` holds the tensors that the arguments point into.
+struct BnAct {
+  BnActArgs a{};
+  Tensor y;
+  std::vector<Tensor> keep;
+};
+
+BnAct prepare_bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                     const std::optional<Tensor>& residual, const std::string& activation) {
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  BnAct p{{}, empty_channels_last(sizes(x), x), {}};
+  p.a.dtype = dtype_of(x, "x", x.is_cuda());
+  p.a.channels = x.size(1);
+  p.a.rows = p.a.channels ? x.numel() / p.a.channels : 0;
+  p.a.activation = activation_of(activation);
+  auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == p.a.channels, argument,
+              ": expected a float32 tensor of shape [", p.a.channels, "], got ", name(t.scalar_type()),
+              " of shape ", text(sizes(t)));
+    R3D_CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), argument,
+              ": expected a tensor on the device of x");
+    p.keep.push_back(plain(t));
+    return static_cast<const float*>(p.keep.back().const_data_ptr());
+  };
+  p.a.scale = vector(scale, "scale");
+  p.a.shift = vector(shift, "shift");
+  p.keep.push_back(channels_last(x));
+  p.a.x = p.keep.back().const_data_ptr();
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), sizes(x));
+    p.keep.push_back(channels_last(*residual));
+    p.a.residual = p.keep.back().const_data_ptr();
+  }
+  p.a.y = p.y.numel() ? p.y.mutable_data_ptr() : nullptr;
+  return p;
+}
+
+Tensor bn_act_cpu(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+                  std::string activation) {
+  BnAct p = prepare_bn_act(x, scale, shift, residual, activation);
+  if (p.y.numel()) cpu::bn_act(p.a);
+  return p.y;
+}
+
+#ifdef R3D_WITH_CUDA
+Tensor bn_act_cuda(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+                   std::string activation) {
+  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  BnAct p = prepare_bn_act(x, scale, shift, residual, activation);
+  if (!p.y.numel()) return p.y;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const char* error = cuda::bn_act(p.a, stream);
+  R3D_CHECK(!error, "r3d_kernels::bn_act on shape ", text(sizes(x)), ": ", error ? error : "");
+  return p.y;
+}
+#endif
+
+// ---- what the package knows of itself
+// ------------------------------------------------------------------------------
+
+// A number that changes when the bytes of the tensors change. Version counters miss writes through `.data`;
+// this sees them: tensors up to 16 KiB are read whole, larger ones at 256 places spread evenly, or whole when
+// `full`.
+int64_t fingerprint_cpu(std::vector<Tensor> tensors, bool full) {
+  uint64_t hash = 0x9e3779b97f4a7c15ull;
+  auto mix = [&hash](uint64_t v) {
+    hash ^= v;
+    hash *= 0xff51afd7ed558ccdull;
+    hash ^= hash >> 32;
+  };
+  for (const Tensor& t : tensors) {
+    if (!t.is_cpu() || t.numel() == 0) continue;
+    const auto* p = static_cast<const unsigned char*>(t.const_data_ptr());
+    // one past the last byte that the strides reach (a view may be sparse: what lies between is read too,
+    // harmlessly)
+    int64_t span = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+    const int64_t bytes = span * static_cast<int64_t>(t.element_size()), words = bytes / 8;
+    const int64_t step = full || bytes <= 16384 ? 1 : words / 256;
+    uint64_t v = 0;
+    for (int64_t i = 0; i < words; i += step) {
+      std::memcpy(&v, p + 8 * i, 8);
+      mix(v);
+    }
+    v = 0;
+    std::memcpy(&v, p + 8 * words, static_cast<size_t>(bytes - 8 * words));
+    mix(v);
+    if (words) {
+      std::memcpy(&v, p + bytes - 8, 8);
+      mix(v);
+    }
+  }
+  return static_cast<int64_t>(hash);
+}
+
+#define R3D_STRING_(x) #x
+#define R3D_STRING(x) R3D_STRING_(x)
+#ifndef R3D_BUILD_TORCH
+#define R3D_BUILD_TORCH "unknown"
+#endif
+#ifndef R3D_BUILD_CUDA
+#define R3D_BUILD_CUDA ""
+#endif
+#ifndef R3D_BUILD_ARCHS
+#define R3D_BUILD_ARCHS ""
+#endif
+
+// "key=value" lines
+std::string describe() {
+  std::ostringstream s;
+  s << "isa=" << cpu::isa_name(cpu::active_isa()) << "\nbest_isa=" << cpu::isa_name(cpu::best_isa())
+    << "\ncompiler=" << __VERSION__ << "\ntorch=" << R3D_BUILD_TORCH << "\ncuda=" << R3D_BUILD_CUDA
+    << "\narchs=" << R3D_BUILD_ARCHS
+#ifdef R3D_WITH_CUDA
+    << "\ncuda_compiled=1"
+#else
+    << "\ncuda_compiled=0"
+#endif
+    << "\nthreads=" << torch::stable::get_num_threads();
+  return s.str();
+}
+
+void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::RangeFn fn, void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, fn, context));
+}
+int torch_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+const bool g_pool_installed = [] {
+  cpu::set_thread_pool({run_on_torch_threads, torch_threads});
+  return true;
+}();
+
+}  // namespace
+}  // namespace r3d
+
+STABLE_TORCH_LIBRARY(r3d_kernels, m) {
+  m.def("conv3d_pack(Tensor weight, Tensor? scale, ScalarType dtype) -> Tensor");
+  m.def(
+      "conv3d_bias_act(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int out_channels, int[] "
+      "kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, str activation) -> Tensor");
+  m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
+  m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
+  m.def(
+      "conv3d_check(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int groups, "
+      "int[] residual, str activation) -> int[]");
+  m.def("fingerprint(Tensor[] tensors, bool full) -> int");
+  m.def("describe() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
+  m.impl("conv3d_pack", TORCH_BOX(&r3d::conv3d_pack_cpu));
+  m.impl("conv3d_bias_act", TORCH_BOX(&r3d::conv3d_bias_act_cpu));
+  m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
+  m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
+  m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));
+  m.impl("fingerprint", TORCH_BOX(&r3d::fingerprint_cpu));
+}
+
+#ifdef R3D_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) { m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cuda)); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
+  m.impl("conv3d_check", TORCH_BOX(&r3d::conv3d_check));
+  m.impl("describe", TORCH_BOX(&r3d::describe));
+}

@@ -1,0 +1,196 @@
+"""What a fused layer keeps besides its parameters: packed weights and the kernel chosen for each input shape.
+
+All of it is derived, so none of it is copied, pickled or saved: it is made again from the parameters when it is needed,
+and whenever they have changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r3d_kernels import _extension, backends
+from r3d_kernels.problems import ConvProblem
+
+__all__ = ["LayerState", "layer_plans", "state_of"]
+
+logger = logging.getLogger("r3d_kernels")
+
+Triple = tuple[int, int, int]
+Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
+
+_ATTRIBUTE = "_r3d_layer_state"
+_MAX_PLANS = 64  # input shapes remembered for one layer
+
+
+class _Snapshot:
+    """Everything derived from one version of the parameters."""
+
+    def __init__(self, key: object, layer: backends.Layer) -> None:
+        self.key = key
+        self.layer = layer
+        self.packs: dict[tuple[str, object], Any] = {}
+        # (input shape, dtype, ...) -> (kernel, its pack, request, choice)
+        self.plans: dict[object, tuple[backends.Kernel, Any, backends.Request, backends.Choice]] = {}
+
+
+class LayerState:
+    """Packs and plans of one convolution with its batch norm. Shared by threads; copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._snapshot: _Snapshot | None = None
+
+    def __deepcopy__(self, memo: object) -> LayerState:
+        return LayerState()
+
+    def __copy__(self) -> LayerState:
+        return LayerState()
+
+    def __reduce__(self) -> tuple[type[LayerState], tuple[()]]:
+        return LayerState, ()
+
+    # ---- following the parameters ----
+
+    @staticmethod
+    def _key(weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> tuple[object, bool]:
+        """Something that differs when any of the tensors has changed.
+
+        Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode
+        have none: for tensors in CPU memory a fingerprint of the bytes is added (of all bytes where nothing counts).
+        """
+        tensors = [weight]
+        if conv_bias is not None:
+            tensors.append(conv_bias)
+        eps = None
+        if norm is not None:
+            tensors += [t for t in norm[:4] if t is not None]
+            eps = norm[4]
+        counted = not any(t.is_inference() for t in tensors)
+        versions = tuple((t.data_ptr(), t._version if counted else 0, t.dtype) for t in tensors)
+        print_ = (
+            torch.ops.r3d_kernels.fingerprint(tensors, not counted)
+            if weight.is_cpu and _extension.error is None
+            else 0
+        )
+        return (versions, eps, conv_bias is None, print_), counted or weight.is_cpu
+
+    def snapshot(self, weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> _Snapshot:
+        key, followed = self._key(weight, conv_bias, norm)
+        current = self._snapshot
+        if current is not None and followed and current.key == key:
+            return current
+        with self._lock:
+            current = self._snapshot
+            if current is None or not followed or current.key != key:
+                with torch.no_grad():
+                    current = _Snapshot(key, backends.Layer.of(weight, conv_bias, norm))
+                self._snapshot = current
+            return current
+
+    def forget(self) -> None:
+        """Frees the packed weights; the next call makes them again."""
+        with self._lock:
+            self._snapshot = None
+
+    # ---- running ----
+
+    def run(
+        self,
+        x: Tensor,  # [N, C, D, H, W], of the dtype to compute in
+        residual: Tensor | None,  # [N, K, D', H', W'], same dtype
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        norm: Norm | None,
+        stride: Triple,
+        padding: Triple,
+        dilation: Triple,
+        groups: int,
+        activation: str | None,
+    ) -> Tensor:
+        """act(bn(conv(x)) + residual) by the kernel chosen for this shape. No gradient."""
+        asked = backends.current_backend()
+        snapshot = self.snapshot(weight, conv_bias, norm)
+        shape = None if residual is None else residual.shape
+        key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, asked)
+        key = (*key, torch.get_num_threads())
+        plan = snapshot.plans.get(key)
+        with torch.no_grad():
+            if plan is None:
+                plan = self._plan(
+                    snapshot, key, asked, x, residual, stride, padding, dilation, groups, activation
+                )
+            kernel, pack, request, _ = plan
+            return kernel.run(pack, x, residual, request)
+
+    def _plan(
+        self,
+        snapshot: _Snapshot,
+        key: object,
+        asked: str,
+        x: Tensor,
+        residual: Tensor | None,
+        stride: Triple,
+        padding: Triple,
+        dilation: Triple,
+        groups: int,
+        activation: str | None,
+    ) -> tuple[backends.Kernel, Any, backends.Request, backends.Choice]:
+        weight = snapshot.layer.weight
+        problem = ConvProblem(
+            *x.shape,
+            k=weight.shape[0],
+            kernel=tuple(weight.shape[2:]),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            residual=residual is not None,
+            activation=activation,
+        )
+        request = backends.Request(problem, x.dtype, x.device, torch.get_num_threads())
+        with self._lock:
+            if key in snapshot.plans:
+                return snapshot.plans[key]
+
+            def packed(kernel: backends.Kernel) -> Any:
+                place = (kernel.name, kernel.pack_key(request))
+                if place not in snapshot.packs:
+                    snapshot.packs[place] = kernel.pack(snapshot.layer, request)
+                return snapshot.packs[place]
+
+            choice = backends.choose(request, asked, packed, x, residual)
+            plan = (choice.kernel, packed(choice.kernel), request, choice)
+            if len(snapshot.plans) >= _MAX_PLANS:
+                snapshot.plans.pop(next(iter(snapshot.plans)))
+            snapshot.plans[key] = plan
+            # Only what a plan uses stays in memory.
+            used = {(k.name, k.pack_key(r)) for k, _, r, _ in snapshot.plans.values()}
+            snapshot.packs = {place: pack for place, pack in snapshot.packs.items() if place in used}
+        logger.debug("%s -> %s (%s)", request, choice.kernel.name, choice.reason)
+        return plan
+
+    def plans(self) -> list[tuple[backends.Request, backends.Choice]]:
+        """What has run since the parameters last changed."""
+        snapshot = self._snapshot
+        return [] if snapshot is None else [(r, c) for _, _, r, c in list(snapshot.plans.values())]
+
+
+def state_of(conv: nn.Module) -> LayerState:
+    """The state kept beside a convolution's parameters."""
+    state = conv.__dict__.get(_ATTRIBUTE)
+    if state is None:
+        state = conv.__dict__.setdefault(_ATTRIBUTE, LayerState())  # atomic: threads get the same one
+    return state
+
+
+def layer_plans(module: nn.Module) -> Iterator[tuple[backends.Request, backends.Choice]]:
+    """(request, choice) of a module that a fused layer has run; nothing for any other."""
+    state = module.__dict__.get(_ATTRIBUTE)
+    if isinstance(state, LayerState):
+        yield from state.plans()

@@ -1,0 +1,232 @@
+"""conv3d + batch norm + residual + activation in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from r3d_kernels import _extension, reference
+from r3d_kernels._layer import LayerState
+from r3d_kernels.ops import _check
+
+__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed"]
+
+_states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the tensors hold data that a kernel can read: no fake, functional or subclass tensors, no tracing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(
+        t is None
+        or (
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.device.type in ("cpu", "cuda")
+            and t.layout == torch.strided
+            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        )
+        for t in tensors
+    )
+
+
+def conv3d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``act(batch_norm(conv3d(x, weight)) + residual)`` with the running statistics, fused.
+
+    The packed weights are kept as long as `weight` lives, and follow changes of any of the parameters. Where a gradient
+    is needed, and under `torch.compile`, tracing or `vmap`, the same value is computed by torch's own operators.
+
+    Args:
+        x: [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides; channels_last_3d is the fastest.
+        weight: [K, C/groups, T, R, S], dtype of x.
+        running_mean, running_var: [K], dtype of x or float32.
+        gamma, beta: [K] or None, as running_mean.
+        eps: added to running_var.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        activation: "relu" or None.
+        stride, padding, dilation: an int or three (depth, height, width).
+        groups: a divisor of C and K.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d.
+
+    Raises:
+        TypeError: for a wrong type or a mix of dtypes.
+        ValueError: for wrong shapes, an impossible geometry, a mix of devices, an unknown activation.
+    """
+    _check.tensor(x, "x")
+    _check.tensor(weight, "weight")
+    if weight.dim() != 5:
+        raise ValueError(
+            f"weight: expected 5 dimensions [K, C/groups, T, R, S], got shape {list(weight.shape)}"
+        )
+    k = weight.shape[0]
+    act = _check.activation(activation)
+    _check.same_dtype(weight, "weight", x.dtype)
+    _check.same_device(weight, "weight", x.device)
+    named = {"running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
+    for name, t in named.items():
+        if t is not None or name.startswith("running"):
+            _check.vector(t, name, k, x.device)
+            if t.dtype not in (x.dtype, torch.float32):
+                raise TypeError(f"{name}: expected {x.dtype} or torch.float32, got {t.dtype}")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    geometry = (
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.triple(dilation, "dilation"),
+    )
+    if residual is not None:
+        _check.tensor(residual, "residual")
+        _check.same_dtype(residual, "residual", x.dtype)
+        _check.same_device(residual, "residual", x.device)
+    everything = (x, weight, running_mean, running_var, gamma, beta, residual)
+    if not is_plain(*everything) or needs_gradient(*everything):
+        return reference.conv3d_bn_act(
+            x,
+            weight,
+            running_mean,
+            running_var,
+            gamma,
+            beta,
+            float(eps),
+            residual=residual,
+            activation=activation,
+            stride=geometry[0],
+            padding=geometry[1],
+            dilation=geometry[2],
+            groups=groups,
+        )
+    _check.output_shape(
+        x.shape, weight.shape, *geometry, groups, None if residual is None else residual.shape, act
+    )
+    state = _states.get(weight)
+    if state is None:
+        state = _states.setdefault(weight, LayerState())
+    norm = (running_mean, running_var, gamma, beta, float(eps))
+    return state.run(x, residual, weight, None, norm, *geometry, groups, activation)
+
+
+def conv3d_pack(weight: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Weights laid out for this processor's direct kernel.
+
+    Args:
+        weight: [K, C, T, R, S], any floating dtype, CPU.
+        scale: float64 [K], multiplied into the weights in float64 (gamma / sqrt(running_var + eps)), or None.
+        dtype: of the activations it will be used with: float32 or bfloat16; weight's own by default.
+
+    Returns:
+        An opaque uint8 tensor for `conv3d_packed`; it names the instruction set it was made for.
+
+    Raises:
+        RuntimeError: for wrong shapes or dtypes.
+    """
+    return _extension.ops().conv3d_pack(weight, scale, dtype or weight.dtype)
+
+
+def conv3d_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str | None = "relu",
+) -> Tensor:
+    """``act(conv3d(x, weight) + bias + residual)`` with weights from `conv3d_pack`: the bare kernel, no choice made.
+
+    Args:
+        x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.
+        packed: what `conv3d_pack` returned for x's dtype.
+        bias: float32 [K].
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        out_channels, kernel_size: K and (T, R, S) of the weight that was packed.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_bias_act(
+        x,
+        packed,
+        bias,
+        residual,
+        out_channels,
+        _check.triple(kernel_size, "kernel_size"),
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.triple(dilation, "dilation"),
+        _check.activation(activation),
+    )
+
+
+if _extension.error is None:
+
+    @torch.library.register_fake("r3d_kernels::conv3d_pack")
+    def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size, dtype=torch.uint8)
+
+    @torch.library.register_fake("r3d_kernels::conv3d_bias_act")
+    def _(
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str,
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        size = [
+            (i + 2 * p - d * (f - 1) - 1) // s + 1
+            for i, f, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+        ]
+        return torch.empty(
+            (x.shape[0], out_channels, *size),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d,
+        )
+
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.r3d_kernels.conv3d_bias_act)
+    def _flops(x, packed, bias, residual, k, kernel, *args, out_shape=None, **kwargs) -> int:
+        macs = x[1] * kernel[0] * kernel[1] * kernel[2]
+        for size in out_shape:
+            macs *= size
+        return 2 * macs

@@ -1,0 +1,261 @@
+"""Choosing a kernel: predicates, the backend context, measurement and its cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import r3d_kernels as r3d
+from r3d_kernels import backends, tuning
+from r3d_kernels.problems import ConvProblem
+
+P = ConvProblem.parse("n1c8d3h6w6k16f3p1+res+relu")
+
+
+def request_for(
+    text: str = str(P), dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> backends.Request:
+    return backends.Request(ConvProblem.parse(text), dtype, torch.device(device), 2)
+
+
+def names(request: backends.Request, asked: str = "auto") -> list[str]:
+    return [k.name for k in backends.candidates(request, asked)[0]]
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Tuning switched on, with an empty cache of its own."""
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    return tmp_path / "tuning-v1.json"
+
+
+def layer() -> r3d.ConvBNAct3d:
+    return r3d.ConvBNAct3d(P.c, P.k, P.kernel, P.stride, P.padding).eval()
+
+
+def run(module: r3d.ConvBNAct3d) -> backends.Record:
+    t = P.tensors()
+    with torch.inference_mode():
+        module(t.x, t.residual)
+    return backends.explain(module)[-1]
+
+
+# ---- predicates ----
+
+
+def test_stock_takes_everything_and_is_always_a_candidate() -> None:
+    for text in (str(P), "n0c4d3h3w3k4f1", "n1c4d3h3w3k4f1g4"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for device in ("cpu", "cuda"):
+                assert "stock" in names(request_for(text, dtype, device))
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "device", "kernel", "message"),
+    [
+        ("n1c4d3h3w3k4f1g4", torch.float32, "cpu", "direct", "groups=1 only, got 4"),
+        (str(P), torch.float16, "cpu", "direct", "float32 and bfloat16 only, got torch.float16"),
+        (str(P), torch.float32, "cuda", "direct", "needs a CPU tensor, got cuda"),
+        (str(P), torch.float64, "cpu", "oneDNN", "float32 and bfloat16 only, got torch.float64"),
+        ("n0c4d3h3w3k4f1", torch.float32, "cpu", "oneDNN", "the batch is empty"),
+        ("n1c4d3h3w3k4f1g4+res", torch.float32, "cpu", "oneDNN", "residual into a grouped convolution"),
+        (str(P), torch.float32, "cpu", "cuDNN + bn_act", "needs a CUDA tensor, got cpu"),
+    ],
+)
+def test_predicates_say_why_not(
+    text: str, dtype: torch.dtype, device: str, kernel: str, message: str
+) -> None:
+    _, reasons = backends.candidates(request_for(text, dtype, device))
+    assert message in reasons[kernel]
+
+
+def test_a_known_wrong_result_of_onednn_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    _, reasons = backends.candidates(request_for("n1c8d3h6w2k16f3s2p1", torch.bfloat16))
+    assert "pytorch#169688" in reasons["oneDNN"]
+    assert "oneDNN" not in backends.candidates(request_for("n1c8d3h6w8k16f3s2p1", torch.bfloat16))[1]
+
+
+# ---- asking for a backend ----
+
+
+def test_context_nests_and_wins_over_the_variable(monkeypatch) -> None:
+    assert backends.current_backend() == "auto"
+    monkeypatch.setenv("R3D_KERNELS_BACKEND", "torch")
+    assert backends.current_backend() == "torch"
+    with r3d.backend("cpu"):
+        assert backends.current_backend() == "cpu"
+        with r3d.backend("auto"):
+            assert backends.current_backend() == "auto"
+        assert backends.current_backend() == "cpu"
+    assert backends.current_backend() == "torch"
+    monkeypatch.setenv("R3D_KERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"R3D_KERNELS_BACKEND: expected one of 'auto', 'cpu'.*got 'gpu'"):
+        backends.current_backend()
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        r3d.backend("mkldnn")
+
+
+def test_context_is_left_by_exceptions_and_is_of_one_thread() -> None:
+    with pytest.raises(KeyError), r3d.backend("cpu"):
+        raise KeyError
+    assert backends.current_backend() == "auto"
+    seen: list[str] = []
+    with r3d.backend("cpu"):
+        t = threading.Thread(target=lambda: seen.append(backends.current_backend()))
+        t.start()
+        t.join()
+    assert seen == ["auto"]
+
+    @r3d.backend("torch")
+    def decorated() -> str:
+        return backends.current_backend()
+
+    assert decorated() == "torch"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("cpu", "cpu"), ("torch", "torch"), ("triton", "torch"), ("cuda", "torch")]
+)
+def test_what_runs_when_asked(asked: str, expected: str) -> None:
+    with r3d.backend(asked):
+        record = run(layer())
+    assert record.backend == expected
+    assert f"backend {asked!r}" in record.reason or "R3D_KERNELS_TUNE=0" in record.reason
+
+
+def test_a_private_kernel_that_fails_is_not_chosen(monkeypatch) -> None:
+    def fails(self, *args) -> None:
+        raise RuntimeError("changed in torch 9\nlong story")
+
+    monkeypatch.setattr(backends.OneDnn, "run", fails)
+    with r3d.backend("torch"):
+        record = run(layer())
+    assert record.kernel == "stock"
+    assert "oneDNN: failed: changed in torch 9" in record.reason
+
+
+# ---- measuring ----
+
+
+def test_measures_once_and_remembers(measured, monkeypatch) -> None:
+    first = run(layer())
+    assert first.reason.startswith("measured: fastest")
+    assert {"direct", "stock"} <= set(first.timings)
+    assert min(first.timings.values()) > 0
+    data = json.loads(measured.read_text())
+    ((machine, entries),) = data["machines"].items()
+    assert torch.__version__ in machine
+    assert list(entries) == [f"{P} float32"]
+
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())  # a new process
+    monkeypatch.setattr(backends, "_measure", lambda *a: pytest.fail("measured again"))
+    again = run(layer())
+    assert again.reason.startswith("measured earlier")
+    assert again.kernel == first.kernel
+
+
+def test_the_fastest_wins(measured, monkeypatch) -> None:
+    able = names(request_for())
+    for winner in able:
+        times = {name: 1.0 if name == winner else 2.0 for name in able}
+        monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+        measured.unlink(missing_ok=True)
+        monkeypatch.setattr(backends, "_measure", lambda *a, times=times: times)
+        assert run(layer()).kernel.startswith(winner)
+    # within the noise the preferred one is kept
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    measured.unlink()
+    monkeypatch.setattr(backends, "_measure", lambda *a: {n: 1.0 - 0.01 * i for i, n in enumerate(able)})
+    assert run(layer()).kernel.startswith(able[0])
+
+
+def test_losing_packs_are_freed(measured) -> None:
+    module = layer()
+    run(module)
+    from r3d_kernels._layer import state_of
+
+    assert len(state_of(module.conv)._snapshot.packs) == 1
+
+
+def test_other_threads_count_is_measured_anew(measured) -> None:
+    module = layer()
+    torch.set_num_threads(2)
+    run(module)
+    torch.set_num_threads(1)
+    run(module)
+    assert len(json.loads(measured.read_text())["machines"]) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 99, "machines": {}}',
+        '{"format": 1, "machines": {"m": {"p": {"kernel": 3}}}}',
+    ],
+)
+def test_damaged_cache_is_ignored_with_a_warning_and_replaced(measured, damage: str) -> None:
+    measured.write_text(damage)
+    with pytest.warns(UserWarning, match=r"tuning cache .*tuning-v1.json is ignored"):
+        run(layer())
+    assert json.loads(measured.read_text())["format"] == 1
+
+
+def test_unwritable_cache_does_not_stop_a_forward(monkeypatch) -> None:
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", os.devnull + "/nowhere")
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    with pytest.warns(UserWarning, match="tuning cache"):
+        assert run(layer()).reason.startswith("measured")
+
+
+def test_entries_of_others_survive(measured) -> None:
+    one, two = tuning.TuningCache(), tuning.TuningCache()
+    one.put("a", "p", "direct", {"direct": 1.0})
+    two.put("b", "q", "stock", {"stock": 2.0})
+    one.put("a", "r", "direct", {"direct": 3.0})
+    assert set(json.loads(measured.read_text())["machines"]) == {"a", "b"}
+    assert tuning.TuningCache().get("a", "r") == {"kernel": "direct", "seconds": {"direct": 3.0}}
+    assert [p.name for p in measured.parent.iterdir() if p.suffix == ".tmp"] == []
+    one.clear()
+    assert not measured.exists()
+
+
+def test_two_processes_write_at_once(measured) -> None:
+    code = (
+        "import sys; from r3d_kernels import tuning\n"
+        "for i in range(20): tuning.shared.put(sys.argv[1], str(i), 'stock', {'stock': 1.0})"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    machines = json.loads(measured.read_text())["machines"]
+    assert {name: len(entries) for name, entries in machines.items()} == {"a": 20, "b": 20}
+
+
+def test_switches() -> None:
+    assert run(layer()).reason.startswith("preferred; R3D_KERNELS_TUNE=0")
+
+
+def test_wrong_switch(monkeypatch) -> None:
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "maybe")
+    with pytest.raises(ValueError, match="R3D_KERNELS_TUNE: expected 0 or 1, got 'maybe'"):
+        run(layer())
+
+
+def test_describe() -> None:
+    facts = backends.describe()
+    assert facts["error"] is None
+    assert facts["isa"] in ("scalar", "avx2", "avx512", "avx512_bf16")
+    assert facts["threads"] == torch.get_num_threads()
+    assert os.path.exists(facts["extension"])
