@@ -1,0 +1,621 @@
+"""Checkpoints as other projects save them: which layout a file has, the network behind it, and loading it.
+
+Recognised and loaded: 3D-ResNets-PyTorch (2018 and 2020), torchvision's R3D, MONAI, MedicalNet, and the
+state dicts of this package. Recognised and refused by name: R(2+1)D, mixed convolutions, PyTorchVideo,
+MMAction2, the other families of 3D-ResNets-PyTorch, and 2-D networks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r3d_kernels.models.resnet import DEPTHS, STEMS, Bottleneck, Pool, ResNet3D, Stem
+
+__all__ = [
+    "MEDICALNET_CONFIG",
+    "PRESETS",
+    "Checkpoint",
+    "LoadReport",
+    "Preset",
+    "load_checkpoint",
+    "preset",
+    "read_checkpoint",
+]
+
+
+# --- presets ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How the clips of a family are prepared: resize, centre crop, ``(x - mean) / std`` on values of 0 to 1.
+
+    Attributes:
+        name: the family.
+        mean, std: one number a channel, for values of 0 to 1.
+        frames: frames in a clip.
+        crop_size: height and width of the centre crop.
+        resize: length of the short side (an int), or (height, width).
+        antialias: whether the resize filters when it shrinks.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    frames: int = 16
+    crop_size: int = 112
+    resize: int | tuple[int, int] = 112
+    antialias: bool = True
+
+
+#: Family to preset. Hara's networks of 2018 take values of 0 to 255 less a mean, hence a std of 1/255.
+PRESETS: dict[str, Preset] = {
+    "hara": Preset("hara", (0.4345, 0.4051, 0.3775), (0.2768, 0.2713, 0.2737)),
+    "hara2018": Preset(
+        "hara2018", (114.7748 / 255, 107.7354 / 255, 99.4750 / 255), (1 / 255, 1 / 255, 1 / 255)
+    ),
+    "torchvision": Preset(
+        "torchvision",
+        (0.43216, 0.394666, 0.37645),
+        (0.22803, 0.22145, 0.216989),
+        resize=(128, 171),
+        antialias=False,
+    ),
+    # Volumes of one channel, which the user brings to zero mean and unit variance volume by volume.
+    "medicalnet": Preset("medicalnet", (0.0,), (1.0,)),
+}
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def preset(model_or_name: nn.Module | str) -> Preset:
+    """The transforms that belong to a network.
+
+    Args:
+        model_or_name: a network (the preset of the weights that it was given, else that of its family), a
+            name of :func:`list_models`, or a key of :data:`PRESETS`.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a network of this package nor a name.
+    """
+    if isinstance(model_or_name, str):
+        from r3d_kernels.models.registry import preset_name  # it imports this module
+
+        return PRESETS[preset_name(model_or_name)]
+    model = _bare(model_or_name) if isinstance(model_or_name, nn.Module) else model_or_name
+    if not hasattr(model, "preset_name"):
+        raise TypeError(
+            f"model_or_name: expected a network of r3d_kernels or a name, got {type(model).__name__}"
+        )
+    if model.preset_name is not None:
+        return PRESETS[model.preset_name]
+    return PRESETS["torchvision" if isinstance(getattr(model, "stem", None), nn.Sequential) else "hara"]
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was recognised.
+
+    Attributes:
+        layout: ``"hara"``, ``"hara2018"``, ``"torchvision"``, ``"monai"``, ``"medicalnet"`` or
+            ``"r3d_kernels"``.
+        source: path, or ``"state dict"``.
+        state_dict: the weights under the names of the network, without the wrappers' prefixes.
+        config: arguments of :class:`ResNet3D` that build the network (without ``num_classes``).
+        num_classes: size of the head; 0 where there is none.
+        preset_name: key of :data:`PRESETS`.
+        arch: what the file says of its architecture, if anything.
+        certain: whether the file itself describes strides, padding, dilation and max-pool; otherwise `config`
+            has the layout's.
+        assumed: what of `config` is only the layout's default, in words.
+        notes: what was dropped.
+    """
+
+    layout: str
+    source: str
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any]
+    num_classes: int
+    preset_name: str
+    arch: str | None = None
+    certain: bool = False
+    assumed: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoadReport:
+    """What :func:`load_checkpoint` did; it lies in ``model.loaded_from``.
+
+    Attributes:
+        layout, source, arch, notes: as in :class:`Checkpoint`.
+        preset: the transforms that belong to the weights.
+        num_classes: size of the checkpoint's head, 0 where it has none.
+        head: ``"loaded"``, ``"new"`` (the network kept its own) or ``"none"``.
+        missing: names that the network has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the network lacks.
+    """
+
+    layout: str
+    source: str
+    preset: Preset
+    num_classes: int
+    head: str
+    arch: str | None = None
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def _read_file(path: str) -> Any:
+    """What the file holds; a ValueError of one line where it holds no checkpoint."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: expected a checkpoint file, this is a directory")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(
+                f"{path}: reading .safetensors needs the package safetensors (pip install safetensors)"
+            ) from None
+        read = load_file
+    else:
+
+        def read(path: str) -> Any:
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    with open(path, "rb"):  # what the system forbids is said as it is
+        pass
+    try:
+        return read(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any line of the reader, and in any way
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise ValueError(
+                f"{path}: holds Python objects ({foreign[1]}), which are not loaded for safety; "
+                "save the state_dict alone"
+            ) from None
+        raise ValueError(f"{path}: no checkpoint, or a damaged one ({type(error).__name__})") from None
+
+
+def _unwrap(raw: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any] | None, str | None, bool]:
+    """State dict, this package's metadata, the file's word on its architecture, and whether a prefix went."""
+    arch = None
+    while isinstance(raw, Mapping):
+        if isinstance(raw.get("arch"), str):
+            arch = raw["arch"]
+        inner = next((raw[k] for k in _WRAPPER_KEYS if isinstance(raw.get(k), Mapping)), None)
+        if inner is None:
+            break
+        raw = inner
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{source}: expected a state dict, got {type(raw).__name__}")
+    wrong = [
+        k for k, v in raw.items() if not (isinstance(k, str) and k.isprintable() and isinstance(v, Tensor))
+    ]
+    if wrong or not raw:
+        what = f"{wrong[0]!r} is {type(raw[wrong[0]]).__name__}" if wrong else "it is empty"
+        raise ValueError(f"{source}: expected a state dict of names and tensors, but {what}")
+
+    metadata = None
+    for entry in (getattr(raw, "_metadata", None) or {}).values():
+        if isinstance(entry, Mapping) and isinstance(entry.get("r3d_kernels"), Mapping):
+            metadata = dict(entry["r3d_kernels"])
+    state = dict(raw)
+    parallel = False
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {k[len(prefix) :]: v for k, v in state.items()}
+        parallel |= prefix == "module."
+    return state, metadata, arch, parallel
+
+
+# --- recognising ------------------------------------------------------------------------------------------
+
+# (what a name or the architecture looks like, whose checkpoint that is)
+_REFUSED_NAMES = (
+    (r"blocks\.\d+\.(res_blocks\.\d+\.branch2|multipathway)", "PyTorchVideo"),
+    (r"(backbone\.)?layer\d\.\d+\.conv\d\.conv\.", "MMAction2"),
+    (r"conv1_s\.weight", "R(2+1)D of 3D-ResNets-PyTorch"),
+    (r"(stem\.3|layer1\.0\.conv1\.0\.0)\.weight", "torchvision's R(2+1)D"),
+)
+_REFUSED_ARCHS = (
+    ("resnet2p1d", "R(2+1)D of 3D-ResNets-PyTorch"),
+    ("preresnet", "pre-activation ResNet of 3D-ResNets-PyTorch"),
+    ("preact_resnet", "pre-activation ResNet of 3D-ResNets-PyTorch"),
+    ("wideresnet", "Wide ResNet of 3D-ResNets-PyTorch"),
+    ("wide_resnet", "Wide ResNet of 3D-ResNets-PyTorch"),
+    ("resnext", "ResNeXt of 3D-ResNets-PyTorch"),
+    ("densenet", "DenseNet of 3D-ResNets-PyTorch"),
+)
+_BLOCK_CONV = re.compile(r"layer([1-4])\.(\d+)\.conv(\d)(?:\.0)?\.weight")
+
+#: What MedicalNet has and the weights do not tell.
+MEDICALNET_CONFIG: dict[str, Any] = {
+    "stem": Stem((7, 7, 7), (2, 2, 2), pool=Pool(3, 2, 1)),
+    "layer_strides": (1, 2, 1, 1),
+    "layer_dilations": (1, 1, 2, 4),
+}
+
+
+def _refuse(source: str, layout: str) -> ValueError:
+    return ValueError(f"{source}: this is a checkpoint of {layout}, a network that r3d_kernels does not have")
+
+
+def _shape(state: Mapping[str, Tensor], name: str, source: str) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(f"{source}: looks like a 3-D ResNet, but {name} is missing")
+    return tuple(state[name].shape)
+
+
+def _block_shapes(state: Mapping[str, Tensor], source: str) -> list[list[dict[int, tuple[int, ...]]]]:
+    """Layer, block, and number of the convolution to the shape of its weight."""
+    layers: list[dict[int, dict[int, tuple[int, ...]]]] = [{}, {}, {}, {}]
+    for name, tensor in state.items():
+        if match := _BLOCK_CONV.fullmatch(name):
+            layer, block, conv = map(int, match.groups())
+            layers[layer - 1].setdefault(block, {})[conv] = tuple(tensor.shape)
+    for i, blocks in enumerate(layers):
+        if sorted(blocks) != list(range(len(blocks))) or not blocks:
+            raise ValueError(f"{source}: looks like a 3-D ResNet, but blocks of layer{i + 1} are missing")
+    return [[blocks[j] for j in range(len(blocks))] for blocks in layers]
+
+
+def _refuse_other_blocks(
+    state: Mapping[str, Tensor], layers: list[list[dict[int, tuple[int, ...]]]], naming: str, source: str
+) -> None:
+    """Raises for blocks that share the names and are something else."""
+    expected = {2: [(3, 3, 3)] * 2, 3: [(1, 1, 1), (3, 3, 3), (1, 1, 1)]}
+    for i, blocks in enumerate(layers):
+        for j, convs in enumerate(blocks):
+            block = f"layer{i + 1}.{j}"
+            if sorted(convs) not in ([1, 2], [1, 2, 3]) or len(convs) != len(layers[0][0]):
+                raise ValueError(
+                    f"{source}: looks like a 3-D ResNet, but {block} has convolutions {sorted(convs)}"
+                )
+            shapes = [convs[k] for k in sorted(convs)]
+            if any(len(shape) != 5 for shape in shapes):
+                raise _refuse(source, "a 2-D ResNet")
+            kernels = [shape[2:] for shape in shapes]
+            if kernels != expected[len(convs)]:
+                if any(kernel == (1, 3, 3) for kernel in kernels):
+                    raise _refuse(
+                        source, "a network of mixed 2-D and 3-D convolutions (torchvision's mc3 or rmc3)"
+                    )
+                raise _refuse(source, f"a 3-D ResNet with other kernels ({block}: {kernels})")
+            if len(convs) == 3 and convs[2][1] != convs[1][0]:
+                raise _refuse(source, "ResNeXt of 3D-ResNets-PyTorch")
+            if len(convs) == 3 and convs[3][0] != Bottleneck.expansion * convs[3][1]:
+                raise _refuse(source, "Wide ResNet of 3D-ResNets-PyTorch")
+            if naming == "hara" and _shape(state, f"{block}.bn1.weight", source) != convs[1][:1]:
+                raise _refuse(source, "pre-activation ResNet of 3D-ResNets-PyTorch")
+
+
+def _infer_config(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Arguments of ResNet3D from names and shapes, with Hara's or torchvision's defaults for the rest."""
+    naming = "torchvision" if "stem.0.weight" in state else "hara"
+    stem_shape = _shape(state, "stem.0.weight" if naming == "torchvision" else "conv1.weight", source)
+    if len(stem_shape) != 5:
+        raise _refuse(source, "a 2-D ResNet")
+    layers = _block_shapes(state, source)
+    _refuse_other_blocks(state, layers, naming, source)
+
+    counts = tuple(len(blocks) for blocks in layers)
+    n_convs = len(layers[0][0])
+    depth = next((d for d, (block, n) in DEPTHS.items() if (block.n_convs, n) == (n_convs, counts)), None)
+    if depth is None:
+        kind = "basic blocks" if n_convs == 2 else "bottlenecks"
+        raise ValueError(
+            f"{source}: a 3-D ResNet with {counts} {kind}, which is none of the depths {list(DEPTHS)}"
+        )
+
+    # layer4 has the finest grain: the others follow from it exactly.
+    widen_factor = layers[3][0][1][0] / 512
+    channels = math.ceil(stem_shape[0] / widen_factor)
+    stem = replace(STEMS[naming], kernel=stem_shape[2:], padding=None, channels=channels)
+    return {
+        "depth": depth,
+        "stem": stem,
+        "shortcut_type": "B" if any(".downsample.0.weight" in k for k in state) else "A",
+        "in_channels": stem_shape[1],
+        "widen_factor": widen_factor,
+    }
+
+
+def _apply_geometry(config: dict[str, Any], geometry: Any, source: str) -> None:
+    """Puts the geometry that this package wrote beside the weights into `config`."""
+    try:
+        config["stem"] = replace(
+            config["stem"],
+            stride=geometry["stem_stride"],
+            padding=geometry["stem_padding"],
+            pool=geometry["stem_pool"],
+        )
+        for name in ("layer_strides", "layer_dilations"):
+            config[name] = tuple(int(v) for v in geometry[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the description of the network is damaged ({error})") from None
+
+
+def _fold_downsample_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MONAI's downsample convolutions have a bias. Batch norm subtracts a mean: (x + b) - m = x - (m - b)."""
+    out = dict(state)
+    for name in state:
+        if name.endswith(".downsample.0.bias"):
+            bias = out.pop(name)
+            mean = name.removesuffix("0.bias") + "1.running_mean"
+            if mean in out:
+                out[mean] = (out[mean].double() - bias.double()).to(out[mean].dtype)
+    return out
+
+
+def read_checkpoint(path_or_dict: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint) -> Checkpoint:
+    """Reads a checkpoint and says what it is, without a network.
+
+    Files are read with ``torch.load(weights_only=True)``, or safetensors for ``.safetensors``: nothing in
+    them is run. Nothing is written.
+
+    Args:
+        path_or_dict: path, state dict, or dict that holds one (``state_dict``, ``model_state_dict``,
+            ``model``). It is left as it is.
+
+    Raises:
+        ValueError: a damaged or foreign file, an unknown layout, or one of a network that is not supported
+            (the message names it).
+        FileNotFoundError: no file there.
+        ImportError: a ``.safetensors`` file without the package safetensors.
+        TypeError: neither a path nor a dict.
+    """
+    if isinstance(path_or_dict, Checkpoint):
+        return path_or_dict
+    if isinstance(path_or_dict, (str, os.PathLike)):
+        source = os.fspath(path_or_dict)
+        raw = _read_file(source)
+    elif isinstance(path_or_dict, Mapping):
+        source, raw = "state dict", path_or_dict
+    else:
+        raise TypeError(f"path_or_dict: expected a path or a dict, got {type(path_or_dict).__name__}")
+    state, metadata, arch, parallel = _unwrap(raw, source)
+
+    for pattern, layout in _REFUSED_NAMES:
+        if any(re.match(pattern, name) for name in state):
+            raise _refuse(source, layout)
+    for start, layout in _REFUSED_ARCHS:
+        if (arch or "").startswith(start):
+            raise _refuse(source, layout)
+    if "stem.0.weight" not in state and not ("conv1.weight" in state and "layer1.0.conv1.weight" in state):
+        some = ", ".join(list(state)[:3])
+        raise ValueError(f"{source}: no checkpoint of a 3-D ResNet; its names start with {some}")
+
+    config = _infer_config(state, source)
+    notes: list[str] = []
+    certain, assumed = False, ""
+    if metadata is not None:
+        layout, certain = "r3d_kernels", True
+        _apply_geometry(config, metadata.get("geometry"), source)
+        preset_name = str(metadata.get("preset"))
+        if preset_name not in PRESETS:
+            preset_name = config["stem"].naming
+    elif config["stem"].naming == "torchvision":
+        layout = preset_name = "torchvision"
+    elif any(name.endswith(".downsample.0.bias") for name in state):
+        layout, preset_name = "monai", "hara"
+        config["stem"] = replace(config["stem"], stride=1)
+        assumed = "stem stride (1, 1, 1), MONAI's default: pass stem=... if it was trained with another"
+    elif "fc.weight" not in state and (
+        config["in_channels"] == 1 or any(name.startswith("conv_seg.") for name in state)
+    ):
+        layout = preset_name = "medicalnet"
+        config.update(
+            {**MEDICALNET_CONFIG, "stem": replace(MEDICALNET_CONFIG["stem"], **_sizes(config["stem"]))}
+        )
+        dropped = [name for name in state if name.startswith("conv_seg.")]
+        if dropped:
+            state = {k: v for k, v in state.items() if k not in dropped}
+            notes.append(f"the segmentation head was left out ({len(dropped)} tensors, conv_seg.*)")
+    else:
+        # The saves of 2018 came from DataParallel; those of 2020 took the network out of it.
+        layout = preset_name = "hara2018" if parallel and arch else "hara"
+        assumed = (
+            "stem stride (1, 2, 2) and max-pool 3/2/1, the defaults of 3D-ResNets-PyTorch: "
+            "pass stem=... if it was trained with others"
+        )
+
+    head = _shape(state, "fc.weight", source) if "fc.weight" in state else ()
+    if head and len(head) != 2:
+        raise ValueError(f"{source}: fc.weight: expected 2 dimensions, got shape {head}")
+    return Checkpoint(
+        layout=layout,
+        source=source,
+        state_dict=state,
+        config=config,
+        num_classes=head[0] if head else 0,
+        preset_name=preset_name,
+        arch=arch,
+        certain=certain,
+        assumed=assumed,
+        notes=notes,
+    )
+
+
+def _sizes(stem: Stem) -> dict[str, Any]:
+    """The fields of a stem that the weights tell."""
+    return {"kernel": stem.kernel, "padding": stem.padding, "channels": stem.channels}
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _geometry_differences(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Where a network differs from the checkpoint's although the weights fit."""
+    if not hasattr(model, "geometry"):
+        return []
+    stem = config["stem"]
+    theirs = {
+        "stem_stride": stem.stride,
+        "stem_padding": stem.padding,
+        "stem_pool": None if stem.pool is None else vars(stem.pool),
+        "layer_strides": config.get("layer_strides", (1, 2, 2, 2)),
+        "layer_dilations": config.get("layer_dilations", (1, 1, 1, 1)),
+    }
+    ours = model.geometry
+    return [f"{k}: checkpoint {v}, network {ours[k]}" for k, v in theirs.items() if ours[k] != v]
+
+
+def load_checkpoint(
+    model: nn.Module | None,
+    path_or_dict: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint,
+    *,
+    strict: bool = True,
+    num_classes: int | None = None,
+    replace_head: bool = False,
+    fused: bool | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Loads a checkpoint in any layout that :func:`read_checkpoint` recognises.
+
+    Args:
+        model: the network to fill, or ``None`` to build a :class:`ResNet3D` from what the checkpoint tells
+            (depth, stem, shortcut, channels, classes) and from its layout's defaults for what it does not.
+        path_or_dict: path, state dict, or what :func:`read_checkpoint` returned.
+        strict: raise where names are missing or left over; otherwise they are only reported. Shapes must
+            agree in any case.
+        num_classes: size that the head shall have. Where the checkpoint has another, the head starts anew.
+        replace_head: let `model` keep its own head where the checkpoint's does not fit it, or is missing.
+        fused: sets ``model.fused``; ``None`` leaves it.
+        **overrides: further arguments of :class:`ResNet3D` when it is built here (``stem``, ``dtype``, ...).
+
+    Returns:
+        The network: `model` itself, or the new one in training mode. ``loaded_from`` is a :class:`LoadReport`
+        (layout, preset, missing and unexpected names, notes), ``preset_name`` the key of its :data:`PRESETS`.
+
+    Raises:
+        ValueError: a damaged or foreign file, an unsupported layout, names or shapes that do not fit, a head
+            of another size. The network is untouched then.
+        FileNotFoundError, ImportError: as :func:`read_checkpoint`.
+        TypeError: arguments of the wrong type, or overrides together with a network.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
+    if model is not None and overrides:
+        raise TypeError(f"{_some(overrides)}: only for a network that is built here, but model was given")
+    checkpoint = read_checkpoint(path_or_dict)
+    if model is None:
+        wanted = checkpoint.num_classes if num_classes is None else num_classes
+        model = ResNet3D(num_classes=wanted, **{**checkpoint.config, **overrides})
+        differences: list[str] = []  # the overrides are the caller's word
+        notes = [f"assumed: {checkpoint.assumed}"] if checkpoint.assumed and "stem" not in overrides else []
+    else:
+        notes = differences = _geometry_differences(_bare(model), checkpoint.config)
+    conflicts = differences if checkpoint.certain and strict else []
+    checkpoint = replace(checkpoint, notes=checkpoint.notes + notes)
+    _fill(_bare(model), checkpoint, conflicts, strict, num_classes, replace_head)
+    if fused is not None:
+        _bare(model).fused = fused
+    return model
+
+
+def _fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    conflicts: list[str],
+    strict: bool,
+    num_classes: int | None,
+    replace_head: bool,
+) -> None:
+    """Checks everything first, then loads: an error leaves the network as it was."""
+    source = checkpoint.source
+    own = model.state_dict()
+    state = dict(checkpoint.state_dict)
+    notes = list(checkpoint.notes)
+    if any(name.endswith(".downsample.0.bias") and name not in own for name in state):
+        state = _fold_downsample_bias(state)
+        notes.append("the biases of the downsample convolutions were folded into the batch norms behind them")
+
+    own_head = {k: tuple(v.shape) for k, v in own.items() if k.startswith("fc.")}
+    head = {k: tuple(v.shape) for k, v in state.items() if k.startswith("fc.")}
+    own_classes = own_head["fc.weight"][0] if "fc.weight" in own_head else 0
+    if num_classes is not None and num_classes != own_classes:
+        raise ValueError(f"num_classes: expected {own_classes}, the head of the model, got {num_classes}")
+    head_done = "loaded" if own_head else "none"
+    if head != own_head:
+        if not (replace_head or num_classes is not None):
+            if strict or (head and own_head):
+                raise ValueError(
+                    f"{source}: its head has {checkpoint.num_classes or 'no'} classes, that of the model "
+                    f"{own_classes or 'none'}: pass num_classes={own_classes} or replace_head=True "
+                    "to load the rest"
+                )
+        elif head:
+            notes.append(f"the head of {checkpoint.num_classes} classes was left out")
+        head_done = "new" if own_head else "none"
+        if replace_head or num_classes is not None:
+            state = {k: v for k, v in state.items() if k not in head}
+            own = {k: v for k, v in own.items() if k not in own_head}
+
+    # Old saves lack these counters, and inference has no use for them.
+    missing = [k for k in own if k not in state and not k.endswith(".num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    if shapes:
+        k = shapes[0]
+        raise ValueError(
+            f"{source}: {k}: expected shape {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
+            + (f" (and {len(shapes) - 1} more differ)" if len(shapes) > 1 else "")
+        )
+    if strict and (missing or unexpected):
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"has {_some(unexpected)}, which the model has not"] if unexpected else []
+        raise ValueError(f"{source}: a checkpoint of layout {checkpoint.layout!r} that {' and '.join(parts)}")
+    if conflicts:
+        raise ValueError(
+            f"{source}: the weights fit, but belong to another network ({'; '.join(conflicts)}); "
+            "strict=False loads them all the same"
+        )
+
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    model.preset_name = checkpoint.preset_name
+    model.loaded_from = LoadReport(
+        layout=checkpoint.layout,
+        source=source,
+        preset=PRESETS[checkpoint.preset_name],
+        num_classes=checkpoint.num_classes,
+        head=head_done,
+        arch=checkpoint.arch,
+        missing=missing,
+        unexpected=unexpected,
+        notes=notes,
+    )
