@@ -1,0 +1,708 @@
+"""Everything about this package on one GPU, in one JSON and one picture.
+
+    python benchmarks/gpu_report.py --out DIR --budget SECONDS
+
+Checks of the CUDA operation, its speed against torch and against the memory's own speed, whole networks with
+their peak memory, compute-sanitizer. The most important sections come first; what the budget does not reach
+is marked 'not measured'. The JSON is complete on disk after every section. Exit code: 0; 1 where a check
+failed; 2 for wrong arguments; 3 without a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = (1, 3, 7, 8, 45, 64, 65, 230, 921)
+FP32_PROMISE = 5e-6  # relative L2 error of one operation against float64
+
+
+# ---- sections and their budget ----
+
+
+class Failed(AssertionError):
+    """A check that did not hold; `data` is what was measured on the way."""
+
+    def __init__(self, message: str, data: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.data = data or {}
+
+
+class OutOfTime(BaseException):
+    """The budget ended inside a section. No Exception: a library that catches those must not swallow it."""
+
+
+class NotHere(Exception):
+    """The section needs something that this machine does not have."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report. `needs`: seconds that must be left for a start to make sense."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+    needs: float = 1.0
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime after so many seconds, between two Python instructions; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    # Once more every ten seconds, should a callback from C have dropped the first one.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 10.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@dataclass
+class Report:
+    """Runs sections within a budget; `save` is called with the whole report after each."""
+
+    budget: float
+    save: Callable[[dict[str, Any]], None]
+    clock: Callable[[], float] = time.monotonic
+    say: Callable[[str], None] = print
+    head: dict[str, Any] = field(default_factory=dict)
+    sections: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start = self.clock()
+
+    def left(self) -> float:
+        return self.budget - (self.clock() - self.start)
+
+    def data(self) -> dict[str, Any]:
+        return {**self.head, "budget_s": self.budget, "sections": self.sections}
+
+    def run(self, sections: Sequence[Section]) -> bool:
+        """False where a check failed or a section broke."""
+        entries = [{"name": s.name, "status": "not measured", "reason": "not reached"} for s in sections]
+        self.sections.extend(entries)
+        self.save(self.data())  # a run that dies in its first section still says what it meant to do
+        for section, entry in zip(sections, entries, strict=True):
+            begin = self.clock()
+            entry |= self._outcome(section)
+            if entry["status"] == "measured":
+                entry.pop("reason", None)
+            entry["seconds"] = round(self.clock() - begin, 2)
+            self.say(
+                f"{entry['name']}: {entry['status']}" + (f" ({r})" if (r := entry.get("reason")) else "")
+            )
+            self.save(self.data())
+        return all(entry["status"] != "failed" for entry in entries)
+
+    def _outcome(self, section: Section) -> dict[str, Any]:
+        left = self.left()
+        if left < section.needs:
+            reason = f"needs about {section.needs:.0f} s, {max(left, 0):.0f} s of the budget are left"
+            return {"status": "not measured", "reason": reason}
+        try:
+            with deadline(left):
+                return {"status": "measured", "data": section.run()}
+        except OutOfTime:
+            return {"status": "not measured", "reason": "the budget ended inside"}
+        except NotHere as e:
+            return {"status": "not measured", "reason": str(e)}
+        except Failed as e:
+            return {"status": "failed", "reason": str(e), "data": e.data}
+        except Exception as e:  # one broken section must not lose the others
+            last = traceback.extract_tb(e.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            text = next(iter(str(e).splitlines()), "")
+            return {"status": "failed", "reason": f"{type(e).__name__}: {text} ({where})"}
+
+
+# ---- the operation ----
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Inputs of one bn_act call."""
+
+    x: Tensor  # [N, C, D, H, W], channels last
+    scale: Tensor  # [C], float32
+    shift: Tensor  # [C], float32
+    mean: Tensor  # [C], float32: zeros, for the stock batch norm
+    var: Tensor  # [C], float32: ones
+    residual: Tensor | None
+    activation: str
+
+    def ours(self) -> Tensor:
+        return torch.ops.r3d_kernels.bn_act(self.x, self.scale, self.shift, self.residual, self.activation)
+
+    def stock(self) -> Tensor:
+        """Batch norm, add and ReLU of torch: mean 0, variance 1 and no eps leave scale and shift."""
+        y = F.batch_norm(self.x, self.mean, self.var, self.scale, self.shift, eps=0.0)
+        if self.residual is not None:
+            y = y + self.residual
+        return F.relu(y) if self.activation == "relu" else y
+
+    def exact(self) -> Tensor:
+        shape = (1, -1, 1, 1, 1)
+        y = self.x.double() * self.scale.double().view(shape) + self.shift.double().view(shape)
+        if self.residual is not None:
+            y = y + self.residual.double()
+        return F.relu(y) if self.activation == "relu" else y
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic: x and the residual in, y out."""
+        tensors = 2 if self.residual is None else 3
+        return tensors * self.x.numel() * self.x.element_size() + 8 * self.scale.numel()
+
+
+def epilogue(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool = True,
+    activation: str = "relu",
+    seed: int = 0,
+    device: str = "cuda",
+) -> Epilogue:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    def place(t: Tensor) -> Tensor:
+        return t.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    scale = 0.5 + normal(shape[1]).abs()
+    return Epilogue(
+        x=place(normal(*shape)),
+        scale=scale,
+        shift=normal(shape[1]),
+        mean=torch.zeros_like(scale),
+        var=torch.ones_like(scale),
+        residual=place(normal(*shape)) if residual else None,
+        activation=activation,
+    )
+
+
+def require_op() -> None:
+    """The compiled package with its CUDA kernel, or NotHere."""
+    try:
+        import r3d_kernels.ops  # noqa: F401 - registers the operations
+
+        torch.ops.r3d_kernels.bn_act  # noqa: B018 - raises where it is not registered
+    except (ImportError, AttributeError) as e:
+        raise NotHere(f"r3d_kernels::bn_act is not compiled in: {e}") from e
+
+
+def check_bn_act(device: str = "cuda") -> dict[str, Any]:
+    """Every dtype, odd channels, with and without residual and activation, against float64."""
+    require_op()
+    rows, bad = [], []
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes if device == "cuda" else dtypes[:2]:  # half precision is the GPU's
+        for channels in CHANNELS:
+            for residual in (False, True):
+                for activation in ("none", "relu"):
+                    e = epilogue(
+                        (2, channels, 3, 5, 7), dtype, residual=residual, activation=activation, device=device
+                    )
+                    y, expected = e.ours(), e.exact()
+                    error = measure.relative_error(y, expected)
+                    stock = measure.relative_error(e.stock(), expected)
+                    allowed = 2 * stock + torch.finfo(dtype).eps / 2
+                    if dtype == torch.float32:
+                        allowed = FP32_PROMISE
+                    row = {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "channels": channels,
+                        "residual": residual,
+                        "activation": activation,
+                        "error": error,
+                        "stock_error": stock,
+                        "allowed": allowed,
+                    }
+                    rows.append(row)
+                    like = y.dtype == dtype and y.shape == e.x.shape
+                    like &= y.is_contiguous(memory_format=torch.channels_last_3d)
+                    # `not <=`: a NaN is a failure too
+                    if not error <= allowed or not like:
+                        bad.append(row)
+    empty = epilogue((0, 64, 2, 3, 3), torch.float32, device=device)
+    if empty.ours().shape != empty.x.shape:
+        raise Failed("an empty batch changes its shape", {"rows": rows})
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "largest_error": _largest(rows)}
+
+
+def _largest(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The largest error of each dtype."""
+    largest: dict[str, float] = {}
+    for row in rows:
+        largest[row["dtype"]] = max(largest.get(row["dtype"], 0.0), row["error"])
+    return largest
+
+
+def check_repetitions(count: int = 200, device: str = "cuda") -> dict[str, Any]:
+    """The same bits every time: a race shows up as a difference."""
+    require_op()
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        for channels in (64, 65, 921):
+            e = epilogue((2, channels, 8, 14, 14), dtype, device=device)
+            first = e.ours()
+            different = torch.zeros((), dtype=torch.int64, device=device)
+            for _ in range(count):
+                # NaN-safe: bits are compared, and the answer stays on the device until the end
+                different += (e.ours().view(bits) != first.view(bits)).any().long()
+            if int(different):
+                raise Failed(f"{int(different)} of {count} repetitions differ: {dtype}, {channels} channels")
+    return {"repetitions": count}
+
+
+def check_graph() -> dict[str, Any]:
+    """Captured into a CUDA graph and replayed on new data."""
+    require_op()
+    e = epilogue((2, 64, 8, 28, 28), torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        e.ours()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = e.ours()
+    for seed in (1, 2):
+        e.x.copy_(epilogue(e.x.shape, torch.bfloat16, seed=seed).x)
+        graph.replay()
+        if not torch.equal(y, e.ours()):
+            raise Failed("a replayed graph gives another result than the call")
+    return {"replays": 2}
+
+
+def check_streams(count: int = 50) -> dict[str, Any]:
+    """Two streams at once, each with its own data."""
+    require_op()
+    work = [epilogue((2, 64 + i, 8, 28, 28), torch.float32, seed=i) for i in range(2)]
+    expected = [e.ours() for e in work]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in work]
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(count):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(work[i].ours())
+    torch.cuda.synchronize()
+    for i, outputs in enumerate(results):
+        if not all(torch.equal(y, expected[i]) for y in outputs):
+            raise Failed(f"stream {i} gives another result than the default stream")
+    return {"calls": 2 * count}
+
+
+# ---- speed ----
+
+
+def gpu_seconds(
+    calls: dict[str, Callable[[], Any]], *, rounds: int = 15, inner: int | None = None
+) -> dict[str, float]:
+    """Median seconds of one call, by events, the calls taken in turn; `inner` calls between two events."""
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        # At least about 5 ms between events, so that neither their resolution nor a launch gap matters.
+        counts[name] = inner or max(1, min(200, int(5e-3 / max(time.perf_counter() - begin, 1e-6))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(rounds):
+        for name in calls if done % 2 == 0 else reversed(list(calls)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            calls[name]()
+            start.record()
+            for _ in range(counts[name]):
+                calls[name]()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3 / counts[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@functools.cache
+def roofline() -> dict[str, Any]:
+    """What this GPU reaches now: the copy of a large tensor, and large matrix products."""
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    size = 8192
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        a = torch.randn(size, size, device="cuda", dtype=dtype)
+        calls[name] = functools.partial(torch.mm, a, a)
+    single = torch.randn(4096, 4096, device="cuda")
+
+    def float32(tf32: bool) -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            torch.mm(single, single)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    calls["float32"] = functools.partial(float32, False)
+    calls["tf32"] = functools.partial(float32, True)
+    seconds = gpu_seconds(calls, rounds=9)
+    tflops = {
+        name: 2 * (4096 if name in ("float32", "tf32") else size) ** 3 / seconds[name] / 1e12
+        for name in calls
+        if name != "copy"
+    }
+    copied = 2 * source.numel()  # read and written
+    return {
+        "copy_gbyte_per_s": round(copied / seconds["copy"] / 1e9, 1),
+        "matmul_tflop_per_s": {name: round(value, 1) for name, value in tflops.items()},
+    }
+
+
+SHAPES = (
+    (8, 64, 16, 56, 56),
+    (8, 128, 8, 28, 28),
+    (8, 256, 4, 14, 14),
+    (8, 512, 2, 7, 7),
+    (32, 64, 16, 56, 56),
+)
+
+
+def bn_act_speed() -> dict[str, Any]:
+    """bn_act against torch's three operations, and its share of the speed of a copy."""
+    require_op()
+    copy_speed = roofline()["copy_gbyte_per_s"]
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            e = epilogue(shape, dtype)
+            seconds = gpu_seconds({"ours": e.ours, "stock": e.stock})
+            speed = e.bytes / seconds["ours"] / 1e9
+            rows.append(
+                {
+                    "shape": list(shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "mbytes": round(e.bytes / 1e6, 2),
+                    # Tensors that fit into the L2 cache can be faster than a copy in memory.
+                    "l2_mbytes": round(
+                        getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) / 1e6
+                    ),
+                    "ours_us": round(1e6 * seconds["ours"], 2),
+                    "stock_us": round(1e6 * seconds["stock"], 2),
+                    "ours_is_faster": round(seconds["stock"] / seconds["ours"], 3),
+                    "gbyte_per_s": round(speed, 1),
+                    "share_of_copy": round(speed / copy_speed, 3),
+                }
+            )
+    return {"copy_gbyte_per_s": copy_speed, "rows": rows}
+
+
+@functools.lru_cache(maxsize=1)  # sections of one network follow each other
+def _network(name: str) -> nn.Module:
+    from r3d_kernels.models import create_model
+
+    torch.manual_seed(0)
+    return measure.calibrate(create_model(name, fused=False))
+
+
+def _placed(name: str, dtype: torch.dtype, fused: bool) -> nn.Module:
+    model = copy.deepcopy(_network(name))
+    for module in model.modules():
+        if isinstance(getattr(module, "fused", None), bool):
+            module.fused = fused
+    return model.to(device="cuda", dtype=dtype, memory_format=torch.channels_last_3d)
+
+
+def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]) -> dict[str, Any]:
+    """Stock channels-last, fused and compiled: time, peak memory, error against float64 on the CPU."""
+    dtype = measure.DTYPES[dtype_name]
+    clip = measure.clip(batch)
+    x = clip.to(device="cuda", dtype=dtype, memory_format=torch.channels_last_3d)
+    # A batch is checked on its first clip: a float64 network on the CPU is slow.
+    expected = _reference(name)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    errors, peaks = {}, {}
+
+    def forward(model: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        return run
+
+    for engine in engines:
+        model = _placed(name, dtype, fused=engine == "fused")
+        calls[engine] = forward(torch.compile(model, dynamic=False) if engine == "compile" else model)
+        y = calls[engine]()  # packs and compiles
+        errors[engine] = measure.relative_error(y[:1].cpu(), expected)
+        del y
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        calls[engine]()
+        torch.cuda.synchronize()
+        peaks[engine] = torch.cuda.max_memory_allocated() - before
+    seconds = gpu_seconds(calls, rounds=9)
+    data: dict[str, Any] = {
+        "network": name,
+        "dtype": dtype_name,
+        "batch": batch,
+        "engines": {
+            engine: {
+                "median_ms": round(1e3 * seconds[engine], 4),
+                "clips_per_s": round(batch / seconds[engine], 1),
+                "error": errors[engine],
+                "forward_adds_mib": round(peaks[engine] / 2**20, 2),
+                "fused_is_faster": round(seconds[engine] / seconds["fused"], 3),
+            }
+            for engine in engines
+        },
+    }
+    # With TF32, which torch allows for convolutions, stock float32 is coarse too: ours may be twice as far.
+    allowed = 2 * errors["stock"] + torch.finfo(dtype).eps / 2
+    if not errors["fused"] <= allowed:
+        raise Failed(f"the fused network's error is {errors['fused']:.1e}, allowed {allowed:.1e}", data)
+    return data
+
+
+@functools.lru_cache(maxsize=4)
+def _reference(name: str) -> Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(_network(name)).double()(measure.clip(1).double())
+
+
+# ---- compute-sanitizer ----
+
+
+def sanitizer_path() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    candidates = [shutil.which("compute-sanitizer")]
+    if CUDA_HOME:
+        candidates.append(shutil.which("compute-sanitizer", path=os.path.join(CUDA_HOME, "bin")))
+    return next((path for path in candidates if path), None)
+
+
+def sanitize(left: Callable[[], float]) -> dict[str, Any]:
+    """memcheck and racecheck over small calls in a process of their own."""
+    require_op()
+    tool = sanitizer_path()
+    if tool is None:
+        raise NotHere("compute-sanitizer is not installed")
+    results = {}
+    for check in ("memcheck", "racecheck"):
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            str(Path(__file__).resolve()),
+        ]
+        timeout = min(left() - 1, 240)
+        if timeout <= 0:
+            results[check] = "not measured"
+            continue
+        try:
+            done = subprocess.run(
+                [*command, "--sanitizer-child"], capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            results[check] = "not measured: ran out of time"
+            continue
+        tail = [line for line in (done.stdout + done.stderr).splitlines() if "=========" in line][-3:]
+        results[check] = "clean" if done.returncode == 0 else f"exit code {done.returncode}"
+        if done.returncode:
+            raise Failed(f"{check}: " + " ".join(tail), results)
+    return results
+
+
+def sanitizer_child() -> int:
+    """What compute-sanitizer watches: sizes with tails in every dimension."""
+    require_op()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels in CHANNELS:
+            for residual in (False, True):
+                epilogue((1, channels, 2, 3, 5), dtype, residual=residual).ours()
+    torch.cuda.synchronize()
+    return 0
+
+
+# ---- the machine ----
+
+
+def nvidia_smi(fields: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+
+
+def environment() -> dict[str, Any]:
+    """The GPU, its clocks, versions, and the switches that decide what stock torch computes."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": nvidia_smi("driver_version"),
+        "clocks": {"fields": CLOCKS, "values": nvidia_smi(CLOCKS)},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+# ---- the report ----
+
+
+def plan(left: Callable[[], float]) -> list[Section]:
+    """All sections, the most important first."""
+    sections = [
+        Section("environment", environment),
+        Section("bn_act against float64", check_bn_act, needs=5),
+        Section("200 repetitions, bitwise", check_repetitions, needs=5),
+        Section("CUDA graph", check_graph, needs=3),
+        Section("two streams", check_streams, needs=3),
+        Section("roofline", roofline, needs=5),
+        Section("bn_act speed", bn_act_speed, needs=5),
+    ]
+
+    def network(name: str, dtype: str, batch: int, engines: tuple[str, ...], needs: float) -> Section:
+        title = f"{name} {dtype} batch {batch}: {', '.join(engines)}"
+        return Section(title, functools.partial(network_speed, name, dtype, batch, engines), needs)
+
+    eager = ("stock", "fused")
+    sizes = [(batch, dtype) for batch in (8, 1, 32) for dtype in ("bf16", "fp32")]
+    sections += [network("r3d_18", dtype, batch, eager, 10) for batch, dtype in sizes]
+    sections.append(Section("compute-sanitizer", lambda: sanitize(left), needs=30))
+    sections.append(network("r3d_18", "bf16", 8, ("stock", "fused", "compile"), 60))
+    for name in ("hara_r3d_50", "hara_r3d_18"):
+        sections += [network(name, dtype, batch, eager, 10) for batch, dtype in sizes]
+    for name, dtype, batch in (
+        ("r3d_18", "fp32", 8),
+        ("r3d_18", "bf16", 1),
+        ("r3d_18", "bf16", 32),
+        ("hara_r3d_50", "bf16", 8),
+        ("hara_r3d_18", "bf16", 8),
+    ):
+        sections.append(network(name, dtype, batch, ("stock", "fused", "compile"), 60))
+    sections.append(Section("clocks at the end", lambda: {"fields": CLOCKS, "values": nvidia_smi(CLOCKS)}))
+    return sections
+
+
+def draw(path: Path, data: dict[str, Any]) -> None:
+    """Networks: milliseconds of each engine. The operation: its share of a copy's speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = [s["data"] for s in data["sections"] if s["status"] == "measured"]
+    networks = [d for d in measured if "engines" in d]
+    rows = next((d["rows"] for d in measured if "copy_gbyte_per_s" in d and "rows" in d), [])
+    if not networks and not rows:
+        return
+    height = max(3.0, 0.32 * sum(len(d["engines"]) for d in networks) + 1.5)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
+    colours = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d"}
+    bars = [
+        (f"{d['network']} {d['dtype']} b{d['batch']} {engine}", value["fused_is_faster"], colours[engine])
+        for d in networks
+        for engine, value in d["engines"].items()
+    ]
+    if bars:
+        labels, values, shades = zip(*bars, strict=True)
+        places = range(len(bars))
+        left.barh(places, values, color=shades)
+        left.set_yticks(places, labels, fontsize=7)
+        left.invert_yaxis()
+        left.axvline(1.0, color="black", linewidth=0.8)
+        left.set_xlabel("time over the fused network's")
+    places = range(len(rows))
+    right.barh(places, [row["share_of_copy"] for row in rows], color=colours["fused"])
+    right.set_yticks(places, [f"{row['dtype']} {row['shape']}" for row in rows], fontsize=7)
+    right.invert_yaxis()
+    right.axvline(1.0, color="black", linewidth=0.8)
+    right.set_xlabel("bn_act: bandwidth over that of a copy")
+    gpu = next((d["gpu"] for d in measured if "gpu" in d), "")
+    figure.suptitle(f"{gpu}, torch {torch.__version__}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", metavar="DIR", default="gpu_report", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--sanitizer-child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("gpu_report: no CUDA device here (torch.cuda.is_available() is False)", file=sys.stderr)
+        return 3
+    if args.sanitizer_child:
+        return sanitizer_child()
+    # The strong stock baseline: cuDNN picks its algorithms by measuring them.
+    torch.backends.cudnn.benchmark = True
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = Report(
+        budget=args.budget,
+        save=functools.partial(measure.write_json, out / "gpu_report.json"),
+        say=functools.partial(print, flush=True),
+        head={"machine": measure.machine()},
+    )
+    good = report.run(plan(report.left))
+    try:
+        draw(out / "gpu_report.png", report.data())
+    except ImportError as e:
+        print(f"gpu_report: no picture: {e}", file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

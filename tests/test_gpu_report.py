@@ -1,0 +1,275 @@
+"""The GPU report without a GPU: sections, budget, files. And the shared measuring code of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_report
+import measure
+from gpu_report import Failed, NotHere, Report, Section
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float, result: Any = None) -> Callable[[], Any]:
+        def run() -> Any:
+            self.now += seconds
+            return result if result is not None else {"took": seconds}
+
+        return run
+
+
+def report(clock: Clock, budget: float) -> tuple[Report, list[dict[str, Any]]]:
+    """A report, and every version of it that was saved."""
+    saved: list[dict[str, Any]] = []
+    made = Report(
+        budget,
+        save=lambda data: saved.append(json.loads(json.dumps(data))),
+        clock=clock,
+        say=lambda _: None,
+        head={"machine": "m"},
+    )
+    return made, saved
+
+
+def broken(error: Exception) -> Callable[[], Any]:
+    def run() -> Any:
+        raise error
+
+    return run
+
+
+def test_sections_run_in_order_until_the_budget_is_out() -> None:
+    clock = Clock()
+    made, saved = report(clock, budget=30)
+    sections = [
+        Section("first", clock.work(10), needs=5),
+        Section("second", clock.work(15), needs=5),
+        Section("long", clock.work(1), needs=10),
+        Section("short", clock.work(2), needs=2),
+    ]
+    assert made.run(sections)
+    assert [s["status"] for s in made.sections] == ["measured", "measured", "not measured", "measured"]
+    assert made.sections[2]["reason"] == "needs about 10 s, 5 s of the budget are left"
+    assert made.sections[0] == {"name": "first", "status": "measured", "data": {"took": 10}, "seconds": 10}
+    assert made.left() == 3
+    # One file before the first section, one after each; the first already names them all.
+    assert len(saved) == 5
+    assert [s["status"] for s in saved[0]["sections"]] == ["not measured"] * 4
+    assert [s["status"] for s in saved[1]["sections"]] == ["measured"] + ["not measured"] * 3
+    assert saved[-1]["machine"] == "m"
+
+
+def test_a_broken_section_does_not_lose_the_others() -> None:
+    clock = Clock()
+    made, saved = report(clock, budget=100)
+    good = made.run(
+        [
+            Section("wrong", broken(Failed("3 cases are wrong", {"rows": [1]}))),
+            Section("crash", broken(RuntimeError("first line\nsecond line"))),
+            Section("absent", broken(NotHere("no tool"))),
+            Section("fine", clock.work(1)),
+        ]
+    )
+    assert not good
+    wrong, crash, absent, fine = made.sections
+    assert wrong["status"] == crash["status"] == "failed"
+    assert wrong["reason"] == "3 cases are wrong"
+    assert wrong["data"] == {"rows": [1]}
+    assert crash["reason"].startswith("RuntimeError: first line (test_gpu_report.py:")
+    assert absent["status"] == "not measured"
+    assert absent["reason"] == "no tool"
+    assert fine["status"] == "measured"
+    assert saved[-1]["sections"] == made.sections
+
+
+def test_what_is_absent_is_no_failure() -> None:
+    made, _ = report(Clock(), budget=100)
+    assert made.run([Section("absent", broken(NotHere("no tool")))])
+
+
+def test_the_budget_ends_a_section_that_hangs() -> None:
+    def hang() -> dict[str, Any]:
+        try:
+            time.sleep(30)
+        except Exception:  # as a library may do
+            time.sleep(30)
+        return {}
+
+    made, saved = report(Clock(), budget=1.0)
+    made.budget = 0.05
+    begin = time.monotonic()
+    assert made.run([Section("hang", hang, needs=0)])
+    assert time.monotonic() - begin < 5
+    assert saved[-1]["sections"][0]["status"] == "not measured"
+    assert saved[-1]["sections"][0]["reason"] == "the budget ended inside"
+
+
+def test_plan() -> None:
+    sections = gpu_report.plan(lambda: 0.0)
+    names = [s.name for s in sections]
+    assert len(set(names)) == len(names)
+    assert names[0] == "environment"
+    # What decides whether the numbers mean anything comes before the numbers.
+    assert names.index("bn_act against float64") < names.index("bn_act speed")
+    assert sum("compile" in name for name in names) == 6
+    for network in ("r3d_18", "hara_r3d_18", "hara_r3d_50"):
+        for dtype in ("bf16", "fp32"):
+            for batch in (1, 8, 32):
+                assert f"{network} {dtype} batch {batch}: stock, fused" in names
+
+
+def test_no_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main(["--out", str(tmp_path / "out")]) == 3
+    assert not (tmp_path / "out").exists()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "no CUDA device" in captured.err
+
+
+def test_main_writes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(
+        gpu_report,
+        "plan",
+        lambda left: [Section("a", lambda: {"x": math.nan}), Section("b", broken(Failed("no")))],
+    )
+    assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 1
+    data = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert [s["status"] for s in data["sections"]] == ["measured", "failed"]
+    assert data["sections"][0]["data"] == {"x": "nan"}
+    assert data["machine"]["versions"]["torch"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "gpu_report.json"]
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    engine = {"fused_is_faster": 1.5}
+    network = {
+        "network": "r3d_18",
+        "dtype": "bf16",
+        "batch": 8,
+        "engines": {"stock": engine, "fused": {"fused_is_faster": 1.0}},
+    }
+    row = {"dtype": "bfloat16", "shape": [8, 64, 16, 56, 56], "share_of_copy": 0.9}
+    sections = [
+        {"status": "measured", "data": {"gpu": "a GPU"}},
+        {"status": "failed", "reason": "no data"},
+        {"status": "measured", "data": {"copy_gbyte_per_s": 1.0, "rows": [row]}},
+        {"status": "measured", "data": network},
+    ]
+    gpu_report.draw(tmp_path / "a.png", {"sections": sections})
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    gpu_report.draw(tmp_path / "b.png", {"sections": sections[:2]})
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_checks_on_the_cpu_twin() -> None:
+    """The checks themselves, on the operation's CPU kernel."""
+    data = gpu_report.check_bn_act(device="cpu")
+    assert data["cases"] == 2 * len(gpu_report.CHANNELS) * 4
+    assert data["largest_error"]["float32"] < gpu_report.FP32_PROMISE
+    assert gpu_report.check_repetitions(3, device="cpu") == {"repetitions": 3}
+
+
+def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
+    monkeypatch.setattr(gpu_report, "CHANNELS", (3,))
+    monkeypatch.setattr(gpu_report.Epilogue, "ours", lambda e: e.stock() * (1.0 if e.x.numel() % 2 else 1.01))
+    with pytest.raises(Failed, match="cases are wrong") as caught:
+        gpu_report.check_bn_act(device="cpu")
+    assert len(caught.value.data["rows"]) == 8
+    monkeypatch.setattr(gpu_report.Epilogue, "ours", lambda e: e.stock() + math.nan)
+    with pytest.raises(Failed, match="8 of 8 cases are wrong"):
+        gpu_report.check_bn_act(device="cpu")
+
+
+# ---- measure.py ----
+
+
+def test_interleave() -> None:
+    clock = Clock()
+    calls: list[str] = []
+
+    def engine(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            clock.now += seconds
+
+        return run
+
+    engines = {"quick": engine("q", 0.125), "slow": engine("s", 1.0)}
+    times = measure.interleave(engines, rounds=4, clock=clock)
+    # Two untimed calls each; then each round has an untimed and a timed quick one, and one slow one.
+    assert "".join(calls) == "qqss" + "qqs" + "sqq" + "qqs" + "sqq"
+    assert times["quick"].seconds == [0.125] * 4
+    assert times["slow"].summary() == {
+        "median_ms": 1000.0,
+        "min_ms": 1000.0,
+        "p25_ms": 1000.0,
+        "p75_ms": 1000.0,
+        "rounds": 4,
+    }
+    assert len(measure.interleave(engines, rounds=100, seconds=1.0, clock=clock)["slow"].seconds) == 3
+
+
+def test_write_json_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a.json"
+    measure.write_json(path, {"a": [1.5, math.inf, None], 2: (True,)})
+    assert json.loads(path.read_text()) == {"a": [1.5, "inf", None], "2": [True]}
+    with pytest.raises(TypeError):
+        measure.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["2"] == [True]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_calibrate() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 8, (3, 15, 15), stride=(4, 16, 16)), torch.nn.BatchNorm3d(8), torch.nn.ReLU()
+    )
+    norm = measure.calibrate(model)[1]
+    assert not model.training
+    assert norm.momentum == 0.1
+    assert norm.running_mean.abs().max() > 0
+    assert norm.weight.std() > 0.1
+    assert 0.3 < model[:2](measure.clip(1, seed=5, channels=1)).std() < 3
+
+
+def test_memory_of_a_forward() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc/self/clear_refs here")
+    size = 64 * 2**20
+    found = measure.forward_memory(lambda: torch.ones(size, dtype=torch.uint8).max(), repetitions=3)
+    assert 60 < found["extra_mib"] < 120
+    assert found["steady_mib"] <= found["lifetime_mib"]
+    nothing = measure.forward_memory(lambda: None, repetitions=3)
+    assert nothing["extra_mib"] < 20
+
+
+def test_machine() -> None:
+    about = measure.machine()
+    assert about["threads"] == torch.get_num_threads()
+    assert about["versions"]["torch"]
+    json.dumps(about)
