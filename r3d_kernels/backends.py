@@ -485,7 +485,7 @@ def explain(model: nn.Module) -> list[Record]:
             problem=str(request.problem),
             dtype=str(request.dtype).removeprefix("torch."),
             backend=choice.kernel.backend,
-            kernel=_full_name(choice.kernel),
+            kernel=_full_name(choice.kernel, request),
             reason=choice.reason,
             timings=dict(choice.seconds),
         )
@@ -494,8 +494,12 @@ def explain(model: nn.Module) -> list[Record]:
     ]
 
 
-def _full_name(kernel: Kernel) -> str:
-    return f"{kernel.name} {describe()['isa']}" if kernel.name == "direct" else kernel.name
+def _full_name(kernel: Kernel, request: Request) -> str:
+    """With the instruction set where it is ours; vdpbf16ps is for bfloat16 only."""
+    if kernel.backend != "cpu":
+        return kernel.name
+    isa = describe()["isa"]
+    return f"{kernel.name} {isa.removesuffix('_bf16') if request.dtype == torch.float32 else isa}"
 
 
 @cache

@@ -1,0 +1,196 @@
+"""`r3d-kernels predict`: scores against an independent average, labels, JSON, several videos."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from r3d_kernels.cli import main, predict
+from r3d_kernels.cli.common import CliError
+from r3d_kernels.models import create_model, preset
+from r3d_kernels.video import Transform, iter_clips, sample_clip
+
+CLIP = str(sample_clip())
+CARPHONE = str(sample_clip().with_name("carphone_pristine.mp4"))
+CLASSES = ["run", "walk", "ride [a bike]", "swim", "read", "sing", "wait"]
+SMALL = ["--size", "32", "--clip-stride", "35", "--batch", "3"]
+ONE = ["--clip-stride", "1000"]  # one clip of a video
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = create_model("hara_r3d_10", num_classes=len(CLASSES))
+    with torch.no_grad():
+        model(torch.randn(4, 3, 16, 32, 32))  # other statistics than the initial ones
+        model.fc.weight.mul_(5)  # scores that differ
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory) -> str:
+    """As 3D-ResNets-PyTorch saves it."""
+    path = tmp_path_factory.mktemp("weights") / "save_1.pth"
+    torch.save({"epoch": 1, "arch": "resnet-10", "state_dict": model.state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("labels") / "labels.txt"
+    path.write_text("\n".join(CLASSES) + "\n\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> dict[str, float]:
+    """The scores of the small clip, four windows (the last one padded)."""
+    transform = Transform(preset(model), size=32)
+    with torch.no_grad():
+        clips = [model(transform(clip)[None]).softmax(1)[0] for clip in iter_clips(CARPHONE, 16, 35)]
+    assert len(clips) == 4
+    return dict(zip(CLASSES, torch.stack(clips).mean(0).tolist(), strict=True))
+
+
+def without_notes(stderr: str) -> str:
+    """What is on stderr besides the remarks on the checkpoint."""
+    return "".join(line for line in stderr.splitlines(True) if not line.startswith("note: "))
+
+
+def test_says_how_frames_are_prepared(capsys, weights):
+    assert main(["predict", CARPHONE, "--weights", weights, "--json", os.devnull, *SMALL, *ONE]) == 0
+    assert "note: frames are prepared as for hara (resize 112" in capsys.readouterr().err
+    argv = ["predict", CARPHONE, "--weights", weights, "--json", "-", *SMALL, *ONE]
+    assert main([*argv, "--preset", "hara2018"]) == 0
+    captured = capsys.readouterr()
+    assert "note: frames are prepared as for hara2018 (" in captured.err
+    assert main([*argv, "--preset", "hara1918"]) == 2
+    assert "hara1918" in without_notes(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-fused"], ["--arch", "hara_r3d_10", "--threads", "1"]])
+def test_scores_are_the_average_over_the_clips(capsys, expected, weights, labels, options):
+    argv = ["predict", CARPHONE, "--weights", weights, "--labels", labels, "--json", "-", "--topk", "9"]
+    assert main([*argv, *SMALL, *options]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert list(results) == [CARPHONE]
+    got = {row["label"]: row["score"] for row in results[CARPHONE]}
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert list(got.values()) == sorted(got.values(), reverse=True)
+
+
+def test_bf16(capsys, model, weights):
+    argv = ["predict", CARPHONE, "--weights", weights, "--json", "-", "--topk", "7", "--dtype", "bf16"]
+    assert main([*argv, "--size", "64", "--clip-stride", "60"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"][CARPHONE]
+    assert sum(row["score"] for row in rows) == pytest.approx(1, abs=1e-6)
+
+
+def test_one_bad_video_does_not_lose_the_others(capsys, tmp_path, weights):
+    bad = tmp_path / "half.mp4"
+    bad.write_bytes(Path(CLIP).read_bytes()[:200_000])
+    out = tmp_path / "out.json"
+    videos = [CARPHONE, str(bad), str(tmp_path / "none.mp4"), CLIP, CARPHONE]
+    assert (
+        main(["predict", *videos, "--weights", weights, "--json", str(out), "--topk", "2", *SMALL, *ONE]) == 2
+    )
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = without_notes(captured.err).splitlines()
+    assert re.fullmatch(rf"r3d-kernels: error: {re.escape(str(bad))}: .*truncated.*", errors[0])
+    assert errors[1:] == [
+        f"r3d-kernels: error: {tmp_path / 'none.mp4'}: no such file",
+        "2 of 4 videos failed",
+    ]
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == [CARPHONE, CLIP]
+    for rows in results.values():
+        assert [set(row) for row in rows] == [{"label", "score"}] * 2
+        assert all(row["label"] in {str(i) for i in range(7)} for row in rows)
+        assert rows[0]["score"] >= rows[1]["score"]
+    assert sorted(os.listdir(tmp_path)) == ["half.mp4", "out.json"]
+
+
+def test_nothing_is_written_when_every_video_fails(capsys, tmp_path, weights):
+    out = tmp_path / "out.json"
+    assert main(["predict", "none.mp4", "--weights", weights, "--json", str(out)]) == 2
+    assert without_notes(capsys.readouterr().err) == "r3d-kernels: error: none.mp4: no such file\n"
+    assert not out.exists()
+
+
+def test_table(capsys, weights, labels):
+    assert (
+        main(["predict", CARPHONE, "--weights", weights, "--labels", labels, "--topk", "7", *SMALL, *ONE])
+        == 0
+    )
+    captured = capsys.readouterr()
+    assert without_notes(captured.err) == ""
+    assert CARPHONE in captured.out
+    scores = [line.split(None, 1) for line in captured.out.splitlines() if re.match(r"\s+[01]\.\d{4} ", line)]
+    assert sorted(name.strip() for _, name in scores) == sorted(CLASSES)
+
+
+def test_random_weights(capsys):
+    argv = ["predict", CARPHONE, "--arch", "hara_r3d_10", "--random-weights", "--json", "-", *SMALL, *ONE]
+    assert main(argv) == 0
+    assert len(json.loads(capsys.readouterr().out)["results"][CARPHONE]) == 5
+
+
+def test_weights_of_another_network(capsys, weights):
+    assert main(["predict", CARPHONE, "--arch", "hara_r3d_18", "--weights", weights]) == 2
+    assert capsys.readouterr().err.startswith(f"r3d-kernels: error: --weights {weights}: ")
+
+
+def test_wrong_number_of_labels(capsys, tmp_path, weights):
+    path = tmp_path / "labels.txt"
+    path.write_text("one\ntwo\n")
+    assert main(["predict", CARPHONE, "--weights", weights, "--labels", str(path), *SMALL]) == 2
+    assert (
+        without_notes(capsys.readouterr().err)
+        == "r3d-kernels: error: --labels has 2 names, the network has 7 classes\n"
+    )
+
+
+# -- labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "zero\none  \ntwo\n"),
+        ("a.txt", "\ufeffzero\r\none\r\ntwo"),
+        ("a.json", '["zero", "one", "two"]'),
+        ("a.json", '{"0": "zero", "2": "two", "1": "one"}'),
+        ("a.json", '{"\\"two\\"": 2, "one": 1, "zero": 0}'),
+        ("a.json", '{"labels": ["zero", "one", "two"], "database": {}}'),
+    ],
+)
+def test_labels(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    assert predict.read_labels(str(path)) == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"", "has no names"),
+        ("a.txt", b"one\n\nthree\n", "the name of class 1 is empty"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+        ("a.json", b"[1, 2]", "expected a list of names"),
+        ("a.json", b"{", "Expecting property name"),
+        ("a.json", b'{"0": "a", "2": "b"}', "the 2 class indices must be 0 to 1"),
+        ("a.json", b'{"a": "b"}', "the keys of the dict must be class indices"),
+        ("a.json", b"[]", "has no names"),
+    ],
+)
+def test_bad_labels(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(CliError, match=re.escape(str(path)) + ".*" + message):
+        predict.read_labels(str(path))
