@@ -191,7 +191,26 @@ Tensor empty_channels_last(const Ints& shape, const Tensor& like) {
 // ---- convolution
 // ---------------------------------------------------------------------------------------------------
 
-Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dtype) {
+// "direct", or "winograd" with the tile's outputs along depth, height and width: "winograd244"
+int algorithm_of(const std::string& s, const Dim3& kernel) {
+  if (s == "direct") return 0;
+  std::string known = "'direct'";
+  for (const cpu::WinogradTile& t : cpu::kWinogradTiles) {
+    const std::string name = "winograd" + std::to_string(t.code());
+    known += ", '" + name + "'";
+    if (s != name) continue;
+    ConvGeometry g{};
+    g.kernel = kernel;
+    g.stride = g.dilation = {1, 1, 1};
+    const char* why_not = cpu::winograd_refuses(t, g);
+    R3D_CHECK(!why_not, "algorithm: ", s, " cannot pack kernel ", text({kernel.d, kernel.h, kernel.w}), ": ",
+              why_not ? why_not : "");
+    return t.code();
+  }
+  fail("algorithm: expected one of ", known, ", got '", s, "'");
+}
+
+Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dtype, std::string algorithm) {
   R3D_CHECK(weight.dim() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ",
             text(sizes(weight)));
   R3D_CHECK(weight.numel() > 0, "weight: expected at least one element, got shape ", text(sizes(weight)));
@@ -211,10 +230,12 @@ Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dt
   const cpu::KernelTraits traits = cpu::kernel_traits(cpu::active_isa(), type);
   const Dim3 kernel{weight.size(2), weight.size(3), weight.size(4)};
   const int64_t c = weight.size(1);
-  Tensor packed = torch::stable::empty(Ints{cpu::packed_bytes(k, c, kernel, traits)}, ScalarType::Byte);
+  const int winograd = algorithm_of(algorithm, kernel);
+  Tensor packed =
+      torch::stable::empty(Ints{cpu::packed_bytes(k, c, kernel, traits, winograd)}, ScalarType::Byte);
   // Multiplied in float64 while it is copied: no wide copy of the weights.
   auto pack = [&](const auto* w) {
-    cpu::pack_weights(w, factors, k, c, kernel, traits, packed.mutable_data_ptr());
+    cpu::pack_weights(w, factors, k, c, kernel, traits, winograd, packed.mutable_data_ptr());
   };
   const ScalarType stored = weight.scalar_type();
   const bool as_it_is =
@@ -245,8 +266,7 @@ Tensor conv3d_bias_act_cpu(Tensor x, Tensor packed, Tensor bias, std::optional<T
   R3D_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
                 packed.is_contiguous(),
             "packed: expected the contiguous uint8 CPU tensor that conv3d_pack returned");
-  const char* wrong =
-      cpu::check_packed(packed.const_data_ptr(), packed.numel(), a.g.k, a.g.c, a.g.kernel, a.dtype);
+  const char* wrong = cpu::check_packed(packed.const_data_ptr(), packed.numel(), a.g, a.dtype);
   R3D_CHECK(!wrong, "packed: ", wrong ? wrong : "");
   const Tensor xl = channels_last(x), b = plain(bias);
   Tensor r = xl;
@@ -262,7 +282,7 @@ Tensor conv3d_bias_act_cpu(Tensor x, Tensor packed, Tensor bias, std::optional<T
   a.weight = packed.const_data_ptr();
   a.bias = static_cast<const float*>(b.const_data_ptr());
   a.y = y.mutable_data_ptr();
-  cpu::conv3d_direct(a);
+  cpu::conv3d(a);
   return y;
 }
 
@@ -463,7 +483,7 @@ const bool g_pool_installed = [] {
 }  // namespace r3d
 
 STABLE_TORCH_LIBRARY(r3d_kernels, m) {
-  m.def("conv3d_pack(Tensor weight, Tensor? scale, ScalarType dtype) -> Tensor");
+  m.def("conv3d_pack(Tensor weight, Tensor? scale, ScalarType dtype, str algorithm='direct') -> Tensor");
   m.def(
       "conv3d_bias_act(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int out_channels, int[] "
       "kernel_size, "

@@ -118,7 +118,7 @@ class LayerState:
         snapshot = self.snapshot(weight, conv_bias, norm)
         shape = None if residual is None else residual.shape
         key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, asked)
-        key = (*key, torch.get_num_threads())
+        key = (*key, torch.get_num_threads(), backends.fp32_mode())
         plan = snapshot.plans.get(key)
         with torch.no_grad():
             if plan is None:

@@ -9,6 +9,7 @@ first that can instead of measuring.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import threading
@@ -162,11 +163,15 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+_BYTES_A_CYCLE = 6.0  # weights from beyond L2, per core
+
+
 class DirectCpu:
     """Our C++ direct convolution: channels-last, register-tiled, float32 accumulation (csrc/cpu/conv3d_*)."""
 
     name = "direct"
     backend = "cpu"
+    algorithm = "direct"
 
     def can_run(self, request: Request) -> str | None:
         if request.device.type != "cpu":
@@ -183,7 +188,7 @@ class DirectCpu:
         return request.dtype
 
     def pack(self, layer: Layer, request: Request) -> Any:
-        packed = torch.ops.r3d_kernels.conv3d_pack(layer.weight, layer.scale, request.dtype)
+        packed = torch.ops.r3d_kernels.conv3d_pack(layer.weight, layer.scale, request.dtype, self.algorithm)
         return packed, layer.shift.float()
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
@@ -191,6 +196,56 @@ class DirectCpu:
         return torch.ops.r3d_kernels.conv3d_bias_act(
             x, *pack, residual, p.k, p.kernel, p.stride, p.padding, p.dilation, p.activation or "none"
         )
+
+    def cycles(self, request: Request) -> float:
+        """A rough prediction, for comparing our CPU kernels with one another."""
+        p = request.problem
+        work = p.macs_inside / (2 * _vector_lanes() * 0.9) / request.threads
+        return work + p.c * p.k * math.prod(p.kernel) * 4 / _BYTES_A_CYCLE / request.threads
+
+
+def _vector_lanes() -> int:
+    """float32 lanes of the vectors that our CPU kernels use."""
+    return {"scalar": 4, "avx2": 8}.get(describe()["isa"], 16)
+
+
+def _tile_inputs(m: int) -> int:
+    """Inputs that a Winograd tile with m outputs along an axis reads there."""
+    return 1 if m == 1 else m + 2
+
+
+class WinogradCpu(DirectCpu):
+    """Our C++ Winograd convolution for 3-tap kernels of stride 1 (csrc/cpu/winograd*): fewer multiplications.
+
+    Args:
+        tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
+    """
+
+    def __init__(self, tile: tuple[int, int, int]) -> None:
+        self.tile = tile
+        self.algorithm = "winograd" + "".join(map(str, tile))
+        self.name = f"winograd F({','.join(map(str, tile))})"
+
+    def can_run(self, request: Request) -> str | None:
+        why_not = super().can_run(request)
+        if why_not is not None:
+            return why_not
+        p = request.problem
+        if p.kernel != tuple(1 if m == 1 else 3 for m in self.tile):
+            return f"the tile is not for kernel {p.kernel}"
+        if p.stride != (1, 1, 1) or p.dilation != (1, 1, 1):
+            return "needs stride 1 and dilation 1"
+        if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
+            return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
+        return None
+
+    def cycles(self, request: Request) -> float:
+        p, lanes = request.problem, _vector_lanes()
+        tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
+        points = math.prod(map(_tile_inputs, self.tile))
+        work = tiles * points * (p.c * p.k / (2 * lanes) + 12 * (p.c + p.k) / lanes) / request.threads
+        passes = -(-tiles // (48 * request.threads))  # each streams all the weights
+        return work + passes * points * p.c * p.k * 4 / _BYTES_A_CYCLE
 
 
 class OneDnn:
@@ -318,8 +373,17 @@ def _onednn_ops() -> bool:
     return all(hasattr(ops, name) for name in names) and "binary" in ops._convolution_pointwise.overloads()
 
 
-# In the order of preference where nothing may be measured.
-KERNELS: list[Kernel] = [DirectCpu(), OneDnn(), CudnnBnAct(), Stock()]
+# In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
+_TILES = ((2, 2, 2), (2, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
+KERNELS: list[Kernel] = [DirectCpu(), *map(WinogradCpu, _TILES), OneDnn(), CudnnBnAct(), Stock()]
+
+
+def fp32_mode() -> str:
+    """ "default", or "strict" (R3D_KERNELS_FP32): only kernels within twice the stock layer's own error."""
+    mode = os.environ.get("R3D_KERNELS_FP32") or "default"
+    if mode not in ("default", "strict"):
+        raise ValueError(f"R3D_KERNELS_FP32: expected 'default' or 'strict', got {mode!r}")
+    return mode
 
 
 @cache
@@ -344,6 +408,16 @@ def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dic
         able = [k for k in KERNELS if k.name == "stock"]
         if not reasons:
             reasons[asked] = f"no {asked} kernel is part of this version"
+    ours = [k for k in able if isinstance(k, DirectCpu)]
+    if len(ours) > 1:
+        cycles = {k.name: k.cycles(request) for k in ours}
+        ours.sort(key=lambda k: cycles[k.name])
+        # Not worth a measurement: a tile that streams more weights than it saves multiplications.
+        limit = 1.6 * min(cycles.values())
+        for kernel in [k for k in ours if cycles[k.name] > limit and k.name != "direct"]:
+            ours.remove(kernel)
+            reasons[kernel.name] = "predicted to be far slower"
+        able = ours + [k for k in able if not isinstance(k, DirectCpu)]
     if request.dtype == torch.bfloat16 and request.device.type == "cpu" and _bf16_in_hardware():
         able.sort(key=lambda k: k.name != "oneDNN")  # it has AMX tiles; our direct kernel has vdpbf16ps
     return able, reasons
@@ -443,8 +517,11 @@ def choose(
     if request.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return Choice(able[0], "preferred; cannot be measured while a CUDA graph is captured" + note)
 
+    mode = fp32_mode()
     machine = tuning.machine_key(request.device, describe()["isa"])
-    key = str(request) if asked == "auto" else f"{request} {asked}"
+    key = " ".join(
+        [str(request), *([asked] if asked != "auto" else []), *([mode] if mode != "default" else [])]
+    )
     by_name = {k.name: k for k in able}
     with _measuring:
         known = tuning.shared.get(machine, key)

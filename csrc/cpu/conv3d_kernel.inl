@@ -45,15 +45,31 @@ struct MathF32 {
   }
 };
 
-// acc (+)= rows * weights for MR pixels and NV vectors of output channels. `first` starts from zero instead
-// of the partial sums in `sums`; `tail` finishes the tile instead of writing partial sums back.
+// Where a tile reads its activations: `runs` runs of `steps` steps each; at[run * next + pixel] points to a
+// run.
+template <class A>
+struct Rows {
+  const A* const* at;
+  int64_t next;
+  int runs, steps;
+};
+
+// rows * weights for MR pixels and NV vectors of output channels, added to the partial sums in `sums` unless
+// this is the `first` chunk; `tail` finishes the tile instead of writing partial sums back.
 template <class V, class Math, int MR, int NV>
-void tile(const typename Math::A* const* rows, const char* weights, int steps, float* sums, int64_t ld,
-          bool first, const Tail* tail) {
+void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, int64_t ld, bool first,
+          const Tail* tail) {
   typename V::Reg acc[MR][NV];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = first ? V::zero() : V::load(sums + i * ld + j * V::kLanes);
-  Math::template run<MR, NV>(acc, rows, weights, steps);
+    for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
+  for (int run = 0; run < rows.runs; ++run)
+    Math::template run<MR, NV>(acc, rows.at + run * rows.next,
+                               weights + static_cast<int64_t>(run) * rows.steps * NV * V::kLanes * 4,
+                               rows.steps);
+  // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
+  if (!first)
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) acc[i][j] = V::add(V::load(sums + i * ld + j * V::kLanes), acc[i][j]);
   if (!tail) {
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < NV; ++j) V::store(sums + i * ld + j * V::kLanes, acc[i][j]);
@@ -91,7 +107,7 @@ void tile(const typename Math::A* const* rows, const char* weights, int steps, f
 }
 
 template <class A>
-using TileFn = void (*)(const A* const*, const char*, int, float*, int64_t, bool, const Tail*);
+using TileFn = void (*)(const Rows<A>&, const char*, float*, int64_t, bool, const Tail*);
 
 // tile functions for 1 .. MAX rows
 template <class V, class Math, int NV, int MAX>
@@ -191,33 +207,35 @@ struct Direct {
     return false;
   }
 
-  // Where the kernel reads this pixel's activations: in place when the whole piece lies inside the input.
-  const A* row_pointer(A* gathered, const A* zeros, const Pixel& p, const Chunk& chunk) const {
-    if constexpr (kSameType) {
-      if (chunk.rows == 1 && g.dilation.w == 1 && chunk.steps * Math::kStep == chunk.len) {
-        const int64_t id = p.d + chunk.t * g.dilation.d, ih = p.h + chunk.r * g.dilation.h;
-        if (id < 0 || id >= g.in.d || ih < 0 || ih >= g.in.h) return zeros;
-        const int64_t from = p.w * g.c + chunk.pos, end = g.in.w * g.c;
-        if (from >= 0 && from + chunk.len <= end)
-          return reinterpret_cast<const A*>(static_cast<const T*>(args.x) + p.sample +
-                                            (id * g.in.h + ih) * end + from);
-        if (from + chunk.len <= 0 || from >= end) return zeros;
-      }
-    }
-    gather(gathered, p, chunk);
-    return gathered;
+  // Whether the kernel may read activations where they lie, run by run.
+  bool reads_in_place(const Chunk& chunk) const {
+    return kSameType && g.dilation.w == 1 && chunk.len % Math::kStep == 0;
+  }
+
+  // One run of one pixel: in place when it lies inside the input, else a copy padded with zeros.
+  const A* run_pointer(A* copy, const A* zeros, const Pixel& p, const Chunk& chunk, int row) const {
+    const int64_t id = p.d + chunk.t * g.dilation.d, ih = p.h + (chunk.r + row) * g.dilation.h;
+    if (id < 0 || id >= g.in.d || ih < 0 || ih >= g.in.h) return zeros;
+    const int64_t from = p.w * g.c + chunk.pos, end = g.in.w * g.c;
+    if (from + chunk.len <= 0 || from >= end) return zeros;
+    if (from >= 0 && from + chunk.len <= end)
+      return reinterpret_cast<const A*>(static_cast<const T*>(args.x) + p.sample + (id * g.in.h + ih) * end +
+                                        from);
+    gather(copy, p, {chunk.t, chunk.r + row, 1, chunk.pos, chunk.len, 0, chunk.len / Math::kStep});
+    return copy;
   }
 
   template <int NV>
-  void panel(const A* const* rows, int count, const char* weights, int chunk_steps, float* sums, int64_t ld,
-             bool first, Tail* tail) const {
+  void panel(Rows<A> rows, int count, const char* weights, float* sums, int64_t ld, bool first,
+             Tail* tail) const {
     constexpr int kMax = V::max_rows(NV);
     static constexpr Tiles<V, Math, NV, kMax> tiles{};
     for (int i = 0; i < count;) {
       const int left = count - i;
       // an even split of the last rows: two tiles of 4 keep the multipliers busier than 6 + 2
       const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
-      tiles.fn[mr](rows + i, weights, chunk_steps, sums + i * ld, ld, first, tail);
+      tiles.fn[mr](rows, weights, sums + i * ld, ld, first, tail);
+      rows.at += mr;
       if (tail) {
         tail->y += mr * tail->row_bytes;
         if (tail->residual) tail->residual += mr * tail->row_bytes;
@@ -228,11 +246,14 @@ struct Direct {
 
   // Output pixels [m0, m0+count), output channels [k0, k1); k0 starts a panel.
   void block(int64_t m0, int count, int64_t k0, int64_t k1) const {
-    Pixel* pixels =
-        static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel) + sizeof(void*)) +
-                                           chunk_count * static_cast<int64_t>(sizeof(int))));
-    const A** rows = reinterpret_cast<const A**>(pixels + count);
-    int* active = reinterpret_cast<int*>(rows + count);
+    int most_runs = 1;
+    for (int i = 0; i < chunk_count; ++i) most_runs = chunks[i].rows > most_runs ? chunks[i].rows : most_runs;
+    const int64_t pointers = static_cast<int64_t>(count) * most_runs;
+    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
+                                                       pointers * static_cast<int64_t>(sizeof(void*)) +
+                                                       chunk_count * static_cast<int64_t>(sizeof(int))));
+    const A** at = reinterpret_cast<const A**>(pixels + count);
+    int* active = reinterpret_cast<int*>(at + pointers);
     const int64_t padded = (k1 - k0 + V::kLanes - 1) / V::kLanes * V::kLanes;
     float* sums = static_cast<float*>(scratch(1, count * padded * 4));
     A* gathered = static_cast<A*>(scratch(2, (count + 1) * lda * static_cast<int64_t>(sizeof(A))));
@@ -273,10 +294,22 @@ struct Direct {
     const Chunk none{0, 0, 0, 0, 0, 0, 0};
     for (int a = 0; a < (live ? live : 1); ++a) {
       const Chunk& chunk = live ? chunks[active[a]] : none;
-      if (live)
-        for (int i = 0; i < count; ++i) rows[i] = row_pointer(gathered + i * lda, zeros, pixels[i], chunk);
-      else
-        for (int i = 0; i < count; ++i) rows[i] = zeros;
+      Rows<A> rows{at, count, 1, chunk.steps};
+      if (!live) {
+        for (int i = 0; i < count; ++i) at[i] = zeros;
+      } else if (reads_in_place(chunk)) {
+        rows.runs = chunk.rows;
+        rows.steps = chunk.len / Math::kStep;
+        for (int row = 0; row < chunk.rows; ++row)
+          for (int i = 0; i < count; ++i)
+            at[row * count + i] =
+                run_pointer(gathered + i * lda + row * chunk.len, zeros, pixels[i], chunk, row);
+      } else {
+        for (int i = 0; i < count; ++i) {
+          gather(gathered + i * lda, pixels[i], chunk);
+          at[i] = gathered + i * lda;
+        }
+      }
       const bool last = a + 1 >= live;
       for (int64_t k = k0; k < k1; k += kPanelVectors * V::kLanes) {
         const int64_t left = g.k - k, lanes = V::kLanes;
@@ -299,13 +332,13 @@ struct Direct {
         }
         Tail* t = last ? &tail : nullptr;
         if (kPanelVectors == 4 && vectors == 4)
-          panel<kPanelVectors == 4 ? 4 : 1>(rows, count, weights, chunk.steps, part, padded, a == 0, t);
+          panel<kPanelVectors == 4 ? 4 : 1>(rows, count, weights, part, padded, a == 0, t);
         else if (kPanelVectors == 4 && vectors == 3)
-          panel<kPanelVectors == 4 ? 3 : 1>(rows, count, weights, chunk.steps, part, padded, a == 0, t);
+          panel<kPanelVectors == 4 ? 3 : 1>(rows, count, weights, part, padded, a == 0, t);
         else if (vectors == 2)
-          panel<2>(rows, count, weights, chunk.steps, part, padded, a == 0, t);
+          panel<2>(rows, count, weights, part, padded, a == 0, t);
         else
-          panel<1>(rows, count, weights, chunk.steps, part, padded, a == 0, t);
+          panel<1>(rows, count, weights, part, padded, a == 0, t);
       }
     }
   }

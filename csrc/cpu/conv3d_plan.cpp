@@ -3,26 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "numbers.h"
 #include "parallel.h"
+#include "winograd.h"
 
 namespace r3d::cpu {
 namespace {
-
-uint16_t to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40);  // keep NaN a NaN
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-double widen(float v) { return v; }
-double widen(double v) { return v; }
-double widen(uint16_t bf16) {
-  const uint32_t u = static_cast<uint32_t>(bf16) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 
@@ -72,7 +58,10 @@ int64_t plan_steps(const std::vector<Chunk>& chunks) {
   return chunks.empty() ? 0 : chunks.back().packed + chunks.back().steps;
 }
 
-int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits) {
+int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits, int winograd) {
+  if (winograd)
+    return static_cast<int64_t>(sizeof(PackHeader)) +
+           winograd_payload_bytes(winograd_tile(winograd), k, c, traits.lanes);
   // One step holds one float32 or one bfloat16 pair a channel: four bytes either way.
   return static_cast<int64_t>(sizeof(PackHeader)) +
          4 * plan_steps(plan_chunks(c, kernel, traits)) * round_up(k, traits.lanes);
@@ -80,21 +69,27 @@ int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTrait
 
 template <class T>
 void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, const Dim3& kernel,
-                  const KernelTraits& traits, void* out) {
+                  const KernelTraits& traits, int winograd, void* out) {
   const std::vector<Chunk> chunks = plan_chunks(c, kernel, traits);
   const int64_t steps = plan_steps(chunks), taps = kernel.volume();
   PackHeader header{};
   header.magic = kPackMagic;
   header.isa = static_cast<int32_t>(traits.isa);
-  header.dot = traits.dot;
+  header.dot = traits.dot && !winograd;
+  header.winograd = winograd;
   header.t = static_cast<int32_t>(kernel.d);
   header.r = static_cast<int32_t>(kernel.h);
   header.s = static_cast<int32_t>(kernel.w);
   header.c = c;
   header.k = k;
-  header.bytes = packed_bytes(k, c, kernel, traits);
+  header.bytes = packed_bytes(k, c, kernel, traits, winograd);
   std::memcpy(out, &header, sizeof header);
   char* payload = static_cast<char*>(out) + sizeof header;
+  if (winograd) {
+    winograd_pack(weight, scale, k, c, winograd_tile(winograd), traits.lanes, traits.panel,
+                  reinterpret_cast<float*>(payload));
+    return;
+  }
 
   const int64_t padded = round_up(k, traits.lanes), panels = (k + traits.panel - 1) / traits.panel;
   // tasks: (panel, chunk)
@@ -129,27 +124,31 @@ void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, co
 }
 
 template void pack_weights(const float*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           void*);
+                           int, void*);
 template void pack_weights(const double*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           void*);
+                           int, void*);
 template void pack_weights(const uint16_t*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           void*);
+                           int, void*);
 
-const char* check_packed(const void* packed, int64_t bytes, int64_t k, int64_t c, const Dim3& kernel,
-                         DType dtype) {
+const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& g, DType dtype) {
   PackHeader h;
   if (bytes < static_cast<int64_t>(sizeof h)) return "too small to hold packed weights";
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kPackMagic) return "not made by conv3d_pack";
   if (h.bytes != bytes) return "truncated or extended";
-  if (h.k != k || h.c != c || h.t != kernel.d || h.r != kernel.h || h.s != kernel.w)
+  if (h.k != g.k || h.c != g.c || h.t != g.kernel.d || h.r != g.kernel.h || h.s != g.kernel.w)
     return "made for other channels or another kernel size";
   if (h.isa < 0 || h.isa > static_cast<int>(best_isa()))
     return "made for an instruction set that this machine lacks";
   const KernelTraits traits = kernel_traits(static_cast<Isa>(h.isa), dtype);
-  if (traits.dot != static_cast<bool>(h.dot)) return "made for another dtype";
-  if (packed_bytes(k, c, kernel, traits) != bytes) return "damaged";
-  return nullptr;
+  if (h.winograd) {
+    const WinogradTile tile = winograd_tile(h.winograd);
+    if (!tile.d) return "damaged";
+    if (const char* why_not = winograd_refuses(tile, g)) return why_not;
+  } else if (traits.dot != static_cast<bool>(h.dot)) {
+    return "made for another dtype";
+  }
+  return packed_bytes(g.k, g.c, g.kernel, traits, h.winograd) == bytes ? nullptr : "damaged";
 }
 
 }  // namespace r3d::cpu

@@ -44,24 +44,25 @@ struct PackHeader {
   int32_t t, r, s;
   int64_t c, k;
   int64_t bytes;
-  int32_t reserved[4];
+  int32_t winograd;  // code of the tile (winograd.h), or 0 for the direct kernel
+  int32_t reserved[3];
 };
 static_assert(sizeof(PackHeader) == 64, "the payload behind the header must stay 64-byte aligned");
 
 constexpr uint32_t kPackMagic = 0x52334431;  // "R3D1"
 
-int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits);
+// `winograd` is a tile's code, or 0: as in PackHeader.
+int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits, int winograd);
 // weight: [K, C, T, R, S] of T = float, double or uint16_t (bfloat16 bits); scale: [K] or null, multiplied in
 // float64.
 template <class T>
 void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, const Dim3& kernel,
-                  const KernelTraits& traits, void* out);
+                  const KernelTraits& traits, int winograd, void* out);
 // nullptr when `packed` fits the problem, otherwise what is wrong with it.
-const char* check_packed(const void* packed, int64_t bytes, int64_t k, int64_t c, const Dim3& kernel,
-                         DType dtype);
+const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& g, DType dtype);
 
-// Runs the convolution that `packed` was made for. Throws std::runtime_error where the machine cannot.
-void conv3d_direct(const ConvArgs& args);
+// Runs the convolution by the kernel that its weights were packed for.
+void conv3d(const ConvArgs& args);
 
 void max_pool3d(const PoolArgs& args);
 void avg_pool_linear(const HeadArgs& args);

@@ -17,6 +17,7 @@ struct V {
   static inline Reg set(float v) { return _mm512_set1_ps(v); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   // the second operand of max is returned for NaN: keep the value there
   static inline Reg relu(Reg v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }

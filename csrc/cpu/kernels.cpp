@@ -13,10 +13,11 @@ const Kernels& kernels(Isa isa) {
   return kernels_scalar();
 }
 
-void conv3d_direct(const ConvArgs& args) {
+void conv3d(const ConvArgs& args) {
   if (args.g.pixels() == 0 || args.g.k == 0) return;
   const auto& header = *static_cast<const PackHeader*>(args.weight);
   const Isa isa = static_cast<Isa>(header.isa);
+  if (header.winograd) return kernels(isa).winograd(args, header.winograd);
   const KernelTraits traits = kernel_traits(isa, args.dtype);
   const std::vector<Chunk> chunks = plan_chunks(args.g.c, args.g.kernel, traits);
   const int count = static_cast<int>(chunks.size());

@@ -7,6 +7,7 @@
 #include "../conv3d.h"
 #include "../norm.h"
 #include "conv3d_plan.h"
+#include "winograd.h"
 
 #if defined(__x86_64__)
 #define R3D_X86 1
@@ -19,6 +20,7 @@ namespace r3d::cpu {
 struct Kernels {
   void (*conv3d_f32)(const ConvArgs&, const Chunk*, int, int64_t, int);
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
+  void (*winograd)(const ConvArgs&, int);  // a tile code of winograd.h; float32 arithmetic
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
   void (*bn_act)(const BnActArgs&);
@@ -38,12 +40,15 @@ void bn_act(const BnActArgs& args);
 }  // namespace r3d::cpu
 
 // Defines kernels_ISA() from the templates that the namespace ISA has included.
-#define R3D_DEFINE_KERNELS(ISA)                                                                            \
-  namespace r3d::cpu {                                                                                     \
-  const Kernels& kernels_##ISA() {                                                                         \
-    static const Kernels k{&ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, float>,                          \
-                           &ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, &ISA::max_pool3d_any, \
-                           &ISA::avg_pool_linear_any, &ISA::bn_act_any};                                   \
-    return k;                                                                                              \
-  }                                                                                                        \
+#define R3D_DEFINE_KERNELS(ISA)                                                      \
+  namespace r3d::cpu {                                                               \
+  const Kernels& kernels_##ISA() {                                                   \
+    static const Kernels k{&ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, float>,    \
+                           &ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
+                           &ISA::winograd_any,                                       \
+                           &ISA::max_pool3d_any,                                     \
+                           &ISA::avg_pool_linear_any,                                \
+                           &ISA::bn_act_any};                                        \
+    return k;                                                                        \
+  }                                                                                  \
   }

@@ -27,6 +27,7 @@ struct V {
   static inline Reg set(float v) { return _mm256_set1_ps(v); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static inline Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static inline Reg relu(Reg v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
   static inline Reg pool_max(Reg m, Reg v) {
@@ -74,7 +75,9 @@ struct V {
 };
 
 #include "conv3d_kernel.inl"
+#include "lanes.inl"
 #include "pool_kernel.inl"
+#include "winograd_kernel.inl"
 }  // namespace r3d::cpu::avx2
 #pragma GCC pop_options
 

@@ -10,7 +10,9 @@
 namespace r3d::cpu::avx512 {
 #include "conv3d_kernel.inl"
 #include "isa_avx512.inl"
+#include "lanes.inl"
 #include "pool_kernel.inl"
+#include "winograd_kernel.inl"
 }  // namespace r3d::cpu::avx512
 #pragma GCC pop_options
 

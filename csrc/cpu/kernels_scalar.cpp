@@ -42,6 +42,7 @@ struct V {
   static inline Reg set(float v) { return Reg{v, v, v, v}; }
   static inline Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static inline Reg add(Reg a, Reg b) { return a + b; }
+  static inline Reg sub(Reg a, Reg b) { return a - b; }
   static inline Reg mul(Reg a, Reg b) { return a * b; }
   static inline Reg relu(Reg v) {
     for (int i = 0; i < 4; ++i) v[i] = v[i] < 0.f ? 0.f : v[i];  // NaN stays
@@ -68,7 +69,9 @@ struct V {
 };
 
 #include "conv3d_kernel.inl"
+#include "lanes.inl"
 #include "pool_kernel.inl"
+#include "winograd_kernel.inl"
 }  // namespace r3d::cpu::scalar
 
 R3D_DEFINE_KERNELS(scalar)

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -23,6 +25,15 @@ struct Arena {
 
 void set_thread_pool(const ThreadPool& pool) { g_pool = pool; }
 const ThreadPool& thread_pool() { return g_pool; }
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    const long v = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    // caches that several cores share are reported whole
+    return v<(256 << 10) ? int64_t{1} << 20 : v>(4 << 20) ? int64_t{4} << 20 : static_cast<int64_t>(v);
+  }();
+  return bytes;
+}
 
 void* scratch(int slot, int64_t bytes) {
   static thread_local Arena arena;

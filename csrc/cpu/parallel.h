@@ -31,4 +31,7 @@ void parallel_for(int64_t n, int64_t grain, F&& fn) {
 constexpr int kScratchSlots = 3;
 void* scratch(int slot, int64_t bytes);
 
+// Size of one core's second-level cache; 1 MiB where the system does not tell.
+int64_t l2_bytes();
+
 }  // namespace r3d::cpu

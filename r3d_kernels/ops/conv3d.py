@@ -130,21 +130,29 @@ def conv3d_bn_act(
     return state.run(x, residual, weight, None, norm, *geometry, groups, activation)
 
 
-def conv3d_pack(weight: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Weights laid out for this processor's direct kernel.
+def conv3d_pack(
+    weight: Tensor,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    algorithm: str = "direct",
+) -> Tensor:
+    """Weights laid out for one of this processor's kernels.
 
     Args:
         weight: [K, C, T, R, S], any floating dtype, CPU.
         scale: float64 [K], multiplied into the weights in float64 (gamma / sqrt(running_var + eps)), or None.
         dtype: of the activations it will be used with: float32 or bfloat16; weight's own by default.
+        algorithm: "direct" for any convolution, or "winograd" and the outputs of a tile along depth, height and width:
+            "winograd222" and "winograd244" for 3x3x3, "winograd122" and "winograd144" for (1,3,3), "winograd211" and
+            "winograd411" for (3,1,1), all of stride and dilation 1 (Lavin & Gray, CVPR 2016).
 
     Returns:
         An opaque uint8 tensor for `conv3d_packed`; it names the instruction set it was made for.
 
     Raises:
-        RuntimeError: for wrong shapes or dtypes.
+        RuntimeError: for wrong shapes or dtypes, or an algorithm that is unknown or for another kernel size.
     """
-    return _extension.ops().conv3d_pack(weight, scale, dtype or weight.dtype)
+    return _extension.ops().conv3d_pack(weight, scale, dtype or weight.dtype, algorithm)
 
 
 def conv3d_packed(
@@ -192,7 +200,7 @@ def conv3d_packed(
 if _extension.error is None:
 
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
-    def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, algorithm: str = "direct") -> Tensor:
         # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.uint8)

@@ -1,0 +1,74 @@
+// Winograd / Toom-Cook minimal filtering, per axis: m outputs of a 3-tap filter from a = m + 2 inputs with a
+// instead of 3*m multiplications (Lavin & Gray, CVPR 2016; Jia et al., PPoPP 2018 for N dimensions).
+//   y = AT [ (G g) * (BT d) ],  d: a inputs, g: 3 taps, y: m outputs.
+// An axis whose kernel is 1 passes through.
+#pragma once
+
+#include "../conv3d.h"
+
+namespace r3d::cpu {
+
+struct Axis1 {  // kernel 1
+  static constexpr int taps = 1, m = 1, a = 1;
+  static constexpr float BT[1][1] = {{1}};
+  static constexpr float AT[1][1] = {{1}};
+  static constexpr double G[1][1] = {{1}};
+};
+
+struct Axis2 {  // F(2, 3), points 0, 1, -1, inf
+  static constexpr int taps = 3, m = 2, a = 4;
+  static constexpr float BT[4][4] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, -1, 0, 1}};
+  static constexpr float AT[2][4] = {{1, 1, 1, 0}, {0, 1, -1, 1}};
+  static constexpr double G[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+};
+
+struct Axis4 {  // F(4, 3), points 0, 1, -1, 1/2, -2, inf: a third less error than 0, +-1, +-2
+  static constexpr int taps = 3, m = 4, a = 6;
+  static constexpr float BT[6][6] = {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, .5f, 2.5f, 1, 0},
+                                     {0, 1, -2.5f, .5f, 1, 0},   {0, -2, -1, 2, 1, 0},
+                                     {0, .5f, -1, -.5f, 1, 0},   {0, 1, -1.5f, -2, 1.5f, 1}};
+  static constexpr float AT[4][6] = {
+      {1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0}, {0, 1, -1, .125f, -8, 1}};
+  static constexpr double G[6][3] = {{1, 0, 0},
+                                     {1. / 3, 1. / 3, 1. / 3},
+                                     {-1. / 3, 1. / 3, -1. / 3},
+                                     {-16. / 15, -8. / 15, -4. / 15},
+                                     {1. / 15, -2. / 15, 4. / 15},
+                                     {0, 0, 1}};
+};
+
+// Outputs of a tile along depth, height and width: 1 where the kernel is 1, else 2 or 4.
+struct WinogradTile {
+  int d, h, w;
+  constexpr int code() const { return 100 * d + 10 * h + w; }
+  constexpr int points() const { return inputs(d) * inputs(h) * inputs(w); }
+  static constexpr int inputs(int m) { return m == 1 ? 1 : m + 2; }
+};
+
+// The tiles that are compiled.
+constexpr WinogradTile kWinogradTiles[] = {{2, 2, 2}, {2, 4, 4}, {1, 2, 2}, {1, 4, 4}, {2, 1, 1}, {4, 1, 1}};
+
+// The tile of a code such as 244, or {0, 0, 0}.
+constexpr WinogradTile winograd_tile(int code) {
+  for (const WinogradTile& t : kWinogradTiles)
+    if (t.code() == code) return t;
+  return {0, 0, 0};
+}
+
+// nullptr when the tile computes this convolution, otherwise why not.
+inline const char* winograd_refuses(const WinogradTile& t, const ConvGeometry& g) {
+  auto fits = [](int m, int64_t kernel) { return m == 1 ? kernel == 1 : kernel == 3; };
+  if (!fits(t.d, g.kernel.d) || !fits(t.h, g.kernel.h) || !fits(t.w, g.kernel.w))
+    return "the Winograd tile is for another kernel size";
+  if (g.stride.d != 1 || g.stride.h != 1 || g.stride.w != 1) return "Winograd needs stride 1";
+  if (g.dilation.d != 1 || g.dilation.h != 1 || g.dilation.w != 1) return "Winograd needs dilation 1";
+  return nullptr;
+}
+
+// Packed weights behind the PackHeader: [panel][point][C][panel width] float32.
+int64_t winograd_payload_bytes(const WinogradTile& tile, int64_t k, int64_t c, int lanes);
+template <class T>
+void winograd_pack(const T* weight, const double* scale, int64_t k, int64_t c, const WinogradTile& tile,
+                   int lanes, int panel, float* out);
+
+}  // namespace r3d::cpu

@@ -1,0 +1,147 @@
+"""Winograd tiles against float64: every instruction set, odd sizes, tails and paddings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import assert_keeps_promise, relative_error
+
+import r3d_kernels as r3d
+from r3d_kernels import backends, ops
+from r3d_kernels.problems import ConvProblem
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+USABLE = ISAS[: ISAS.index(backends.describe()["best_isa"]) + 1]
+TILES = {222: (3, 3, 3), 244: (3, 3, 3), 122: (1, 3, 3), 144: (1, 3, 3), 211: (3, 1, 1), 411: (3, 1, 1)}
+
+
+def check(
+    tile: int, n: int, c: int, size: tuple, k: int, padding: tuple, residual: bool, dtype: torch.dtype
+) -> float:
+    kernel = TILES[tile]
+    x = torch.randn(n, c, *size).relu().to(dtype)
+    weight = (torch.randn(k, c, *kernel) / (c * 4) ** 0.5).to(dtype)
+    bias = torch.randn(k)
+    want = F.conv3d(x.double(), weight.double(), bias.double(), padding=padding)
+    stock = F.conv3d(x, weight, bias.to(dtype), padding=padding)
+    r = None
+    if residual:
+        r = torch.randn(want.shape).to(dtype)
+        want, stock = want + r.double(), stock + r
+    y = ops.conv3d_packed(
+        x,
+        ops.conv3d_pack(weight, algorithm=f"winograd{tile}"),
+        bias,
+        r,
+        out_channels=k,
+        kernel_size=kernel,
+        padding=padding,
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last_3d) or not y.numel()
+    assert_keeps_promise(y, want.relu(), stock.relu())
+    return relative_error(y, want.relu())
+
+
+@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.setenv("R3D_KERNELS_ISA", isa)
+    same = tuple(k // 2 for k in TILES[tile])
+    check(tile, 1, 64, (4, 8, 8), 64, same, True, dtype)  # whole tiles, whole panels
+    check(tile, 2, 7, (5, 9, 11), 45, same, True, dtype)  # tails everywhere
+    check(tile, 1, 33, (3, 5, 3), 130, (0, 0, 0), False, dtype)
+    check(tile, 0, 8, (3, 5, 3), 8, same, False, dtype)
+
+
+@given(
+    st.sampled_from(list(TILES)),
+    st.integers(1, 2),
+    st.sampled_from([1, 3, 16, 17, 45, 64]),
+    st.sampled_from([1, 7, 16, 48, 65]),
+    st.tuples(*[st.integers(1, 10)] * 3),
+    st.tuples(*[st.integers(0, 4)] * 3),
+    st.booleans(),
+)
+def test_any_geometry(tile: int, n: int, c: int, k: int, size: tuple, padding: tuple, residual: bool) -> None:
+    kernel = TILES[tile]
+    padding = tuple(p if f > 1 else p % 2 for p, f in zip(padding, kernel, strict=True))
+    size = tuple(max(s, f - 2 * p) for s, p, f in zip(size, padding, kernel, strict=True))
+    check(tile, n, c, size, k, padding, residual, torch.float32)
+
+
+def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
+    """What R3D_KERNELS_FP32=strict rests on: twice the error of the direct stock convolution at most."""
+    for tile in (222, 122, 211):
+        for c in (64, 256):
+            x, weight = torch.randn(1, c, 4, 14, 14).relu(), torch.randn(c, c, *TILES[tile]) / (4 * c) ** 0.5
+            padding = tuple(k // 2 for k in TILES[tile])
+            want = F.conv3d(x.double(), weight.double(), padding=padding)
+            packed = ops.conv3d_pack(weight, algorithm=f"winograd{tile}")
+            geometry = {"out_channels": c, "kernel_size": TILES[tile], "padding": padding, "activation": None}
+            y = ops.conv3d_packed(x, packed, torch.zeros(c), **geometry)
+            stock = F.conv3d(x, weight, padding=padding)
+            assert relative_error(y, want) <= 2 * relative_error(stock, want)
+
+
+@pytest.mark.parametrize(
+    "text", ["n1c64d8h14w14k64f3p1+res+relu", "n1c512d2h7w7k512f3p1+relu", "n2c45d5h9w9k65f3p1"]
+)
+def test_same_bits_with_any_number_of_threads(text: str) -> None:
+    p = ConvProblem.parse(text)
+    t = p.tensors()
+    for tile in (222, 244):
+        packed, results = ops.conv3d_pack(t.weight, algorithm=f"winograd{tile}"), []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(
+                ops.conv3d_packed(t.x, packed, t.beta, t.residual, out_channels=p.k, kernel_size=3, padding=1)
+            )
+        assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_wrong_use() -> None:
+    weight = torch.randn(8, 4, 3, 3, 3)
+    with pytest.raises(RuntimeError, match=r"algorithm: expected one of 'direct', 'winograd222'.*got 'fft'"):
+        ops.conv3d_pack(weight, algorithm="fft")
+    with pytest.raises(RuntimeError, match=r"algorithm: winograd122 cannot pack kernel \[3, 3, 3\]"):
+        ops.conv3d_pack(weight, algorithm="winograd122")
+    packed = ops.conv3d_pack(weight, algorithm="winograd222")
+    x = torch.randn(1, 4, 6, 6, 6)
+    for message, extra in (("stride 1", {"stride": 2}), ("dilation 1", {"dilation": 2})):
+        with pytest.raises(RuntimeError, match=f"packed: Winograd needs {message}"):
+            ops.conv3d_packed(x, packed, torch.zeros(8), out_channels=8, kernel_size=3, **extra)
+
+
+def test_predicates_and_strict_mode(monkeypatch) -> None:  # noqa: ANN001
+    def able(text: str, dtype: torch.dtype = torch.float32) -> set[str]:
+        request = backends.Request(ConvProblem.parse(text), dtype, torch.device("cpu"), 2)
+        return {k.name for k in backends.KERNELS if k.can_run(request) is None and k.backend == "cpu"}
+
+    assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)", "winograd F(2,4,4)"}
+    assert able("n1c64d8h28w28k64f1x3x3p0x1x1") == {"direct", "winograd F(1,2,2)", "winograd F(1,4,4)"}
+    assert able("n1c64d8h28w28k64f3x1x1p1x0x0") == {"direct", "winograd F(2,1,1)", "winograd F(4,1,1)"}
+    for other in ("n1c64d8h28w28k64f3s2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):
+        assert able(other) == {"direct"}
+    monkeypatch.setenv("R3D_KERNELS_FP32", "strict")
+    assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)"}
+    assert "winograd F(2,4,4)" in able("n1c64d8h28w28k64f3p1", torch.bfloat16)
+    monkeypatch.setenv("R3D_KERNELS_FP32", "exact")
+    with pytest.raises(ValueError, match="R3D_KERNELS_FP32: expected 'default' or 'strict', got 'exact'"):
+        able("n1c64d8h28w28k64f3p1")
+
+
+def test_strict_mode_is_followed_at_once(monkeypatch) -> None:  # noqa: ANN001
+    layer = r3d.ConvBNAct3d(64, 64, 3, padding=1).eval()
+    x = torch.randn(1, 64, 8, 28, 28)
+    seen = []
+    for mode in ("default", "strict"):
+        monkeypatch.setenv("R3D_KERNELS_FP32", mode)
+        with torch.inference_mode(), r3d.backend("cpu"):
+            layer(x)
+        seen.append(backends.explain(layer)[-1].kernel)
+    assert seen[0].startswith("winograd F(2,4,4)")
+    assert not seen[1].startswith("winograd F(2,4,4)")
