@@ -48,7 +48,7 @@ def check(
 @pytest.mark.parametrize("isa", USABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tile", TILES)
-def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:  # noqa: ANN001
+def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:
     monkeypatch.setenv("R3D_KERNELS_ISA", isa)
     same = tuple(k // 2 for k in TILES[tile])
     check(tile, 1, 64, (4, 8, 8), 64, same, True, dtype)  # whole tiles, whole panels
@@ -116,7 +116,7 @@ def test_wrong_use() -> None:
             ops.conv3d_packed(x, packed, torch.zeros(8), out_channels=8, kernel_size=3, **extra)
 
 
-def test_predicates_and_strict_mode(monkeypatch) -> None:  # noqa: ANN001
+def test_predicates_and_strict_mode(monkeypatch) -> None:
     def able(text: str, dtype: torch.dtype = torch.float32) -> set[str]:
         request = backends.Request(ConvProblem.parse(text), dtype, torch.device("cpu"), 2)
         return {k.name for k in backends.KERNELS if k.can_run(request) is None and k.backend == "cpu"}
@@ -134,7 +134,7 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:  # noqa: ANN001
         able("n1c64d8h28w28k64f3p1")
 
 
-def test_strict_mode_is_followed_at_once(monkeypatch) -> None:  # noqa: ANN001
+def test_strict_mode_is_followed_at_once(monkeypatch) -> None:
     layer = r3d.ConvBNAct3d(64, 64, 3, padding=1).eval()
     x = torch.randn(1, 64, 8, 28, 28)
     seen = []
