@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from r3d_kernels._cpu import cpu_flags, cpu_model
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP = (3, 16, 112, 112)  # [C, D, H, W]
 
@@ -62,7 +64,6 @@ def commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know about where the numbers come from."""
-    flags = (_first_match("/proc/cpuinfo", r"^flags\s*:(.*)$") or "").split()
     wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
     onednn = re.search(r"MKL-DNN (v[\d.]+)", torch.__config__.show())
     packages = ("torch", "openvino", "onnxruntime", "onnx", "triton", "numpy", "r3d-kernels")
@@ -70,9 +71,9 @@ def machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in sys.argv)]),
         "commit": commit(),
-        "cpu": _first_match("/proc/cpuinfo", r"^model name\s*:(.*)$") or platform.processor(),
+        "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "flags": [flag for flag in wanted if flag in flags],
+        "flags": [flag for flag in wanted if flag in cpu_flags()],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),

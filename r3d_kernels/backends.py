@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r3d_kernels import _extension, _fold, tuning
+from r3d_kernels import _cpu, _extension, _fold, tuning
 from r3d_kernels.problems import ConvProblem
 
 __all__ = [
@@ -388,8 +388,7 @@ def fp32_mode() -> str:
 
 @cache
 def _bf16_in_hardware() -> bool:
-    features = cpu_features()
-    return "amx_bf16" in features or "avx512_bf16" in features
+    return bool(_cpu.cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
 def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dict[str, str]]:
@@ -579,26 +578,17 @@ def _full_name(kernel: Kernel, request: Request) -> str:
     return f"{kernel.name} {isa.removesuffix('_bf16') if request.dtype == torch.float32 else isa}"
 
 
-@cache
-def cpu_features() -> tuple[str, ...]:
-    """The processor's instruction sets that matter here, as Linux names them."""
-    wanted = (
-        "avx2",
-        "fma",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512dq",
-        "avx512_bf16",
-        "amx_tile",
-        "amx_bf16",
-    )
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        for line in f:
-            if line.startswith("flags"):
-                flags = set(line.split(":", 1)[1].split())
-                return tuple(w for w in wanted if w in flags)
-    return ()
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+)
 
 
 def _compiled() -> Iterator[tuple[str, str]]:
@@ -620,7 +610,7 @@ def describe() -> dict[str, Any]:
         "error": str(_extension.error) if _extension.error else None,
         "isa": facts.get("isa", "none"),
         "best_isa": facts.get("best_isa", "none"),
-        "isa_features": list(cpu_features()),
+        "isa_features": [f for f in _CPU_FEATURES if f in _cpu.cpu_flags()],
         "compiler": facts.get("compiler"),
         "torch_built_with": facts.get("torch"),
         "cuda_compiled": facts.get("cuda_compiled") == "1",

@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import tempfile
 import threading
 import warnings
-from functools import cache
 from pathlib import Path
 
 import torch
 
-from r3d_kernels import _version
+from r3d_kernels import _cpu, _version
 
 __all__ = ["TuningCache", "cache_path", "enabled", "machine_key"]
 
@@ -43,22 +41,13 @@ def cache_path() -> Path:
     return Path(base) / "r3d_kernels" / "tuning-v1.json"
 
 
-@cache
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def machine_key(device: torch.device, isa: str) -> str:
     """What has to be equal for a measurement to carry over."""
     parts = [f"r3d_kernels {_version.__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         parts += [torch.cuda.get_device_name(device), f"cudnn {torch.backends.cudnn.version()}"]
     else:
-        parts += [_cpu_model(), isa, f"{torch.get_num_threads()} threads"]
+        parts += [_cpu.cpu_model(), isa, f"{torch.get_num_threads()} threads"]
     return " | ".join(parts)
 
 

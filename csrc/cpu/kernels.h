@@ -15,6 +15,17 @@
 #define R3D_X86 0
 #endif
 
+// Functions between these two are compiled for the features; what stands before them is not.
+#define R3D_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define R3D_TARGET_PUSH(features) \
+  R3D_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define R3D_TARGET_POP R3D_PRAGMA(clang attribute pop)
+#else
+#define R3D_TARGET_PUSH(features) R3D_PRAGMA(GCC push_options) R3D_PRAGMA(GCC target(features))
+#define R3D_TARGET_POP R3D_PRAGMA(GCC pop_options)
+#endif
+
 namespace r3d::cpu {
 
 struct Kernels {

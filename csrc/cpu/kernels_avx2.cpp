@@ -5,8 +5,8 @@
 #include <immintrin.h>
 
 #include "parallel.h"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+
+R3D_TARGET_PUSH("avx2,fma")
 namespace r3d::cpu::avx2 {
 
 struct V {
@@ -79,7 +79,7 @@ struct V {
 #include "pool_kernel.inl"
 #include "winograd_kernel.inl"
 }  // namespace r3d::cpu::avx2
-#pragma GCC pop_options
+R3D_TARGET_POP
 
 R3D_DEFINE_KERNELS(avx2)
 #endif

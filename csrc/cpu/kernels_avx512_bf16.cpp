@@ -5,11 +5,13 @@
 #include <immintrin.h>
 
 #include "parallel.h"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+R3D_TARGET_PUSH("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace r3d::cpu::avx512_bf16 {
-#include "conv3d_kernel.inl"
 #include "isa_avx512.inl"
+
+// on the policy V
+#include "conv3d_kernel.inl"
 
 struct MathDot {
   using A = uint16_t;
@@ -38,7 +40,7 @@ void conv3d_dot(const ConvArgs& args, const Chunk* chunks, int count, int64_t st
   run_direct<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
 }
 }  // namespace r3d::cpu::avx512_bf16
-#pragma GCC pop_options
+R3D_TARGET_POP
 
 namespace r3d::cpu {
 void conv3d_dot_avx512_bf16(const ConvArgs& args, const Chunk* chunks, int count, int64_t steps,

@@ -6,11 +6,12 @@ import argparse
 import difflib
 import importlib
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from r3d_kernels._cpu import cpu_model
 
 if TYPE_CHECKING:
     import torch
@@ -200,22 +201,6 @@ def backend_rows(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def cpu_info() -> tuple[str, set[str]]:
-    """The CPU's model name and its instruction-set flags, as Linux tells them."""
-    name, flags = platform.processor() or platform.machine(), set()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return name, flags
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = " ".join(value.split())
-        elif key.strip() == "flags":
-            return name, set(value.split())
-    return name, flags
-
-
 def device_name(device: torch.device) -> str:
     """A GPU's name, or the CPU's with the number of threads in use."""
     import torch
@@ -223,7 +208,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
-    return f"{cpu_info()[0]}, {count} thread{'s' if count != 1 else ''}"
+    return f"{cpu_model()}, {count} thread{'s' if count != 1 else ''}"
 
 
 def require_extra(*modules: str) -> None:

@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from r3d_kernels._cpu import cpu_flags, cpu_model
 from r3d_kernels._version import __version__
 from r3d_kernels.cli import common
 
@@ -153,10 +154,9 @@ def _tool(name: str, folder: str | None = None) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    name, flags = common.cpu_info()
     return {
-        "model": name,
-        "isa": {flag: flag in flags for flag in _ISA},
+        "model": cpu_model(),
+        "isa": {flag: flag in cpu_flags() for flag in _ISA},
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

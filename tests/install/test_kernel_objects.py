@@ -1,0 +1,41 @@
+"""Code for a newer processor must not leak into functions that every processor calls."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+TOOLS = COMPILER and shutil.which("nm") and shutil.which("objdump")
+# AVX and later: every mnemonic begins with v
+MODERN = re.compile(r"\s(v[a-z0-9]+|k(mov|or|and)[a-z]+)\s|%[yz]mm")
+
+
+def printed(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def functions(listing: str) -> dict[str, str]:
+    """Name to disassembly, from objdump -dC."""
+    parts = re.split(r"^[0-9a-f]+ <(.*)>:$", listing, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and binutils")
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+def test_shared_functions_run_on_every_processor(isa: str, tmp_path: Path) -> None:
+    """The linker keeps one copy of a weak symbol (an inline function, a template). A copy made here must not need more
+    than any processor has, unless its name carries the namespace of the instruction set."""
+    out = str(tmp_path / "kernels.o")
+    # -fno-inline: whatever could be emitted is emitted
+    flags = ["-std=c++17", "-O1", "-fno-inline", "-w", "-fPIC", "-c"]
+    printed(COMPILER, *flags, str(CPU / f"kernels_{isa}.cpp"), "-o", out)
+    symbols = printed("nm", "-C", "--defined-only", out).splitlines()
+    weak = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1] in "WVu"]
+    code = functions(printed("objdump", "-dC", "--no-show-raw-insn", out))
+    assert any(MODERN.search(body) for body in code.values())  # the pattern sees what it looks for
+    shared = [name for name in weak if f"r3d::cpu::{isa}::" not in name and name in code]
+    assert [name for name in shared if MODERN.search(code[name])] == []
