@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r3d_kernels import _extension, backends
+from r3d_kernels import _check, _extension, backends
 from r3d_kernels.problems import ConvProblem
 
 __all__ = ["LayerState", "layer_plans", "state_of"]
@@ -113,13 +113,20 @@ class LayerState:
         groups: int,
         activation: str | None,
     ) -> Tensor:
-        """act(bn(conv(x)) + residual) by the kernel chosen for this shape. No gradient."""
+        """act(bn(conv(x)) + residual) by the kernel chosen for this shape. No gradient.
+
+        Raises:
+            ValueError: where the shapes make no convolution, before any kernel runs.
+        """
         asked = backends.current_backend()
         snapshot = self.snapshot(weight, conv_bias, norm)
         shape = None if residual is None else residual.shape
-        key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, asked)
-        key = (*key, torch.get_num_threads(), backends.fp32_mode())
+        settings = (asked, torch.get_num_threads(), backends.fp32_mode())
+        key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
         plan = snapshot.plans.get(key)
+        if plan is not None and not torch.is_grad_enabled():
+            kernel, pack, request, _ = plan
+            return kernel.run(pack, x, residual, request)
         with torch.no_grad():
             if plan is None:
                 plan = self._plan(
@@ -142,6 +149,10 @@ class LayerState:
         activation: str | None,
     ) -> tuple[backends.Kernel, Any, backends.Request, backends.Choice]:
         weight = snapshot.layer.weight
+        shape = None if residual is None else residual.shape
+        _check.output_shape(
+            x.shape, weight.shape, stride, padding, dilation, groups, shape, _check.activation(activation)
+        )
         problem = ConvProblem(
             *x.shape,
             k=weight.shape[0],

@@ -164,6 +164,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 _BYTES_A_CYCLE = 6.0  # weights from beyond L2, per core
+_MOST_PACKED = 48 << 20  # bytes; tiles of four outputs blow 3x3x3 weights up more than five times
 
 
 class DirectCpu:
@@ -235,6 +236,9 @@ class WinogradCpu(DirectCpu):
             return f"the tile is not for kernel {p.kernel}"
         if p.stride != (1, 1, 1) or p.dilation != (1, 1, 1):
             return "needs stride 1 and dilation 1"
+        packed = math.prod(map(_tile_inputs, self.tile)) * p.c * p.k * 4
+        if 4 in self.tile and packed > _MOST_PACKED:
+            return f"its weights would take {packed >> 20} MiB"
         if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
             return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
         return None

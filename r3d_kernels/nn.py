@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r3d_kernels import _extension
+from r3d_kernels import _check, _extension
 from r3d_kernels._layer import state_of
-from r3d_kernels.ops import _check
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
 from r3d_kernels.ops.pool import max_pool3d as _max_pool3d
@@ -25,24 +24,31 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def _is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules  # hasattr would raise and catch, at every call
+
+
+# This runs for every layer at every call: modules' dicts are read directly, which is several times faster than their
+# attributes.
 def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> str | None:
     """Why this layer has to go through its stock modules, or None."""
-    if type(conv) is not nn.Conv3d or hasattr(conv, "parametrizations"):
+    if type(conv) is not nn.Conv3d or _is_parametrized(conv):
         return "the convolution is a subclass or parametrized"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
     if _has_hooks(conv) or (bn is not None and _has_hooks(bn)):
         return "a forward hook wants to see the intermediate result"
-    tensors = [x, residual, conv.weight, conv.bias]
+    parameters = list(conv._parameters.values())
     if bn is not None:
-        if type(bn) not in _NORMS or hasattr(bn, "parametrizations"):
+        if type(bn) not in _NORMS or _is_parametrized(bn):
             return f"the norm is a {type(bn).__name__}"
-        if bn.training or bn.running_mean is None:
+        if bn.training or bn._buffers["running_mean"] is None:
             return "batch norm uses the statistics of the batch"
-        tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    if not is_plain(*tensors):
+        parameters += bn._parameters.values()
+        parameters += (bn._buffers["running_mean"], bn._buffers["running_var"])
+    if not is_plain(x, residual, *parameters):
         return "tracing, or tensors without data of their own"
-    if needs_gradient(*tensors):
+    if needs_gradient(x, residual, *parameters):
         if not conv.training and not x.requires_grad:
             _warn_once_about_gradients()
         return "a gradient is needed"
@@ -65,7 +71,7 @@ def _warn_once_about_gradients() -> None:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would convolve in; x's own outside autocast."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return torch.get_autocast_dtype(kind)
     return x.dtype
@@ -101,7 +107,7 @@ def conv_bn_act(
         TypeError: for a mix of dtypes.
         ValueError: for wrong shapes, a mix of devices, an unknown activation.
     """
-    act = _check.activation(activation)
+    _check.activation(activation)
     if not fused or _why_stock(x, conv, bn, residual) is not None:
         y = conv(x)
         if bn is not None:
@@ -116,24 +122,30 @@ def conv_bn_act(
         return F.relu(y) if activation == "relu" else y
 
     _check.tensor(x, "x")
+    weight = conv._parameters["weight"]
     dtype = _compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
         if residual is not None:
             residual = residual.to(dtype)
-    elif conv.weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x: expected {conv.weight.dtype}, the dtype of the parameters, got {x.dtype}")
+    elif weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected {weight.dtype}, the dtype of the parameters, got {x.dtype}")
     if residual is not None:
         _check.same_dtype(residual, "residual", dtype)
         _check.same_device(residual, "residual", x.device)
-    _check.same_device(conv.weight, "conv.weight", x.device)
-    weight = conv.weight
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    _check.output_shape(x.shape, weight.shape, *geometry, None if residual is None else residual.shape, act)
+    _check.same_device(weight, "conv.weight", x.device)
     norm = None
     if bn is not None:
-        norm = (bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    return state_of(conv).run(x, residual, weight, conv.bias, norm, *geometry, activation)
+        affine, statistics = bn._parameters, bn._buffers
+        norm = (
+            statistics["running_mean"],
+            statistics["running_var"],
+            affine["weight"],
+            affine["bias"],
+            bn.eps,
+        )
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return state_of(conv).run(x, residual, weight, conv._parameters["bias"], norm, *geometry, activation)
 
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from r3d_kernels import _extension, reference
+from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
-from r3d_kernels.ops import _check
 
 __all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed"]
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -25,16 +27,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether the tensors hold data that a kernel can read: no fake, functional or subclass tensors, no tracing."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(
-        t is None
-        or (
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type in ("cpu", "cuda")
-            and t.layout == torch.strided
-            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        )
-        for t in tensors
-    )
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap, grad, ...
+        return False
+    for t in tensors:  # a loop, not all(): half the time, and this runs for every layer
+        if t is None:
+            continue
+        if type(t) not in _TENSORS or not (t.is_cpu or t.is_cuda) or t.layout is not torch.strided:
+            return False
+    return True
 
 
 def conv3d_bn_act(
@@ -83,7 +83,7 @@ def conv3d_bn_act(
             f"weight: expected 5 dimensions [K, C/groups, T, R, S], got shape {list(weight.shape)}"
         )
     k = weight.shape[0]
-    act = _check.activation(activation)
+    _check.activation(activation)
     _check.same_dtype(weight, "weight", x.dtype)
     _check.same_device(weight, "weight", x.device)
     named = {"running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}

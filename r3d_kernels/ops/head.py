@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r3d_kernels import _extension, reference
-from r3d_kernels.ops import _check
+from r3d_kernels import _check, _extension, reference
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 
 __all__ = ["avg_pool_linear"]

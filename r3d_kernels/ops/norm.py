@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r3d_kernels import _extension, reference
+from r3d_kernels import _check, _extension, reference
 from r3d_kernels.backends import describe
-from r3d_kernels.ops import _check
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 
 __all__ = ["bn_act"]
