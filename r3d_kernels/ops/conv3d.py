@@ -120,9 +120,6 @@ def conv3d_bn_act(
             dilation=geometry[2],
             groups=groups,
         )
-    _check.output_shape(
-        x.shape, weight.shape, *geometry, groups, None if residual is None else residual.shape, act
-    )
     state = _states.get(weight)
     if state is None:
         state = _states.setdefault(weight, LayerState())
