@@ -70,6 +70,9 @@ class backend(contextlib.ContextDecorator):
         self.name = _checked(name, "backend")
         self._tokens: list[Token] = []
 
+    def _recreate_cm(self) -> backend:
+        return backend(self.name)  # a decorated function may run in several threads at once
+
     def __enter__(self) -> backend:
         self._tokens.append(_forced.set(self.name))
         return self

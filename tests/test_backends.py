@@ -122,6 +122,29 @@ def test_context_is_left_by_exceptions_and_is_of_one_thread() -> None:
     assert decorated() == "torch"
 
 
+def test_a_decorated_function_runs_in_many_threads() -> None:
+    inside, failures = threading.Barrier(4, timeout=30), []
+
+    @r3d.backend("cpu")
+    def work() -> None:
+        inside.wait()  # all have entered before any leaves
+        assert backends.current_backend() == "cpu"
+
+    def run_it() -> None:
+        try:
+            work()
+            assert backends.current_backend() == "auto"
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=run_it) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"), [("cpu", "cpu"), ("torch", "torch"), ("triton", "torch"), ("cuda", "torch")]
 )
