@@ -227,7 +227,11 @@ Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dt
     factors = static_cast<const double*>(s.const_data_ptr());
   }
   const DType type = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
-  const cpu::KernelTraits traits = cpu::kernel_traits(cpu::active_isa(), type);
+  cpu::Isa isa = cpu::active_isa();
+  // Folded weights rounded to bfloat16 would be wrong by the same amount for every pixel, which nothing
+  // averages out: they stay float32. vdpbf16ps gets weights that are bfloat16 already.
+  if (scale && isa == cpu::Isa::kAvx512Bf16) isa = cpu::Isa::kAvx512;
+  const cpu::KernelTraits traits = cpu::kernel_traits(isa, type);
   const Dim3 kernel{weight.size(2), weight.size(3), weight.size(4)};
   const int64_t c = weight.size(1);
   const int winograd = algorithm_of(algorithm, kernel);

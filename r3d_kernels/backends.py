@@ -202,10 +202,13 @@ class DirectCpu:
         )
 
     def cycles(self, request: Request) -> float:
-        """A rough prediction, for comparing our CPU kernels with one another."""
+        """A rough prediction for one thread, for comparing our CPU kernels with one another.
+
+        Not for `request.threads`: an unmeasured choice, and so the bits, must not depend on them.
+        """
         p = request.problem
-        work = p.macs_inside / (2 * _vector_lanes() * 0.9) / request.threads
-        return work + p.c * p.k * math.prod(p.kernel) * 4 / _BYTES_A_CYCLE / request.threads
+        work = p.macs_inside / (2 * _vector_lanes() * 0.9)
+        return work + p.c * p.k * math.prod(p.kernel) * 4 / _BYTES_A_CYCLE
 
 
 def _vector_lanes() -> int:
@@ -250,8 +253,8 @@ class WinogradCpu(DirectCpu):
         p, lanes = request.problem, _vector_lanes()
         tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
         points = math.prod(map(_tile_inputs, self.tile))
-        work = tiles * points * (p.c * p.k / (2 * lanes) + 12 * (p.c + p.k) / lanes) / request.threads
-        passes = -(-tiles // (48 * request.threads))  # each streams all the weights
+        work = tiles * points * (p.c * p.k / (2 * lanes) + 12 * (p.c + p.k) / lanes)
+        passes = -(-tiles // 48)  # each streams all the weights
         return work + passes * points * p.c * p.k * 4 / _BYTES_A_CYCLE
 
 
@@ -272,9 +275,8 @@ class OneDnn:
         if request.dtype == torch.bfloat16:
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 return "oneDNN has no bfloat16 on this processor"
-            p = request.problem
-            if p.out_size[2] == 1 and p.stride[2] > 1:
-                return "wrong results for bfloat16, out_w == 1 and stride_w > 1 (pytorch#169688)"
+            if request.problem.torch_bf16_is_unsafe():
+                return "torch's bfloat16 convolution is wrong or corrupts memory here (pytorch#169688 and its kin)"
         elif request.dtype != torch.float32:
             return f"used for float32 and bfloat16 only, got {request.dtype}"
         if request.problem.n == 0:
@@ -364,7 +366,12 @@ class Stock:
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         weight, bias, norm = pack
-        y = F.conv3d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)
+        geometry = (p.stride, p.padding, p.dilation, p.groups)
+        if x.is_cpu and x.dtype == torch.bfloat16 and p.torch_bf16_is_unsafe():
+            wide = None if bias is None else bias.float()
+            y = F.conv3d(x.float(), weight.float(), wide, *geometry).to(x.dtype)
+        else:
+            y = F.conv3d(x, weight, bias, *geometry)
         if norm is not None:
             mean, var, gamma, beta, eps = norm
             y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
@@ -568,7 +575,7 @@ def explain(model: nn.Module) -> list[Record]:
             problem=str(request.problem),
             dtype=str(request.dtype).removeprefix("torch."),
             backend=choice.kernel.backend,
-            kernel=_full_name(choice.kernel, request),
+            kernel=_full_name(choice.kernel),
             reason=choice.reason,
             timings=dict(choice.seconds),
         )
@@ -577,12 +584,11 @@ def explain(model: nn.Module) -> list[Record]:
     ]
 
 
-def _full_name(kernel: Kernel, request: Request) -> str:
-    """With the instruction set where it is ours; vdpbf16ps is for bfloat16 only."""
+def _full_name(kernel: Kernel) -> str:
+    """With the instruction set where it is ours; vdpbf16ps takes bfloat16 weights that no batch norm is folded into."""
     if kernel.backend != "cpu":
         return kernel.name
-    isa = describe()["isa"]
-    return f"{kernel.name} {isa.removesuffix('_bf16') if request.dtype == torch.float32 else isa}"
+    return f"{kernel.name} {describe()['isa'].removesuffix('_bf16')}"
 
 
 _CPU_FEATURES = (

@@ -77,6 +77,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _is_fresh(y: Tensor, conv: nn.Module, bn: nn.Module | None, other: Tensor | None = None) -> bool:
+    """Whether y may be overwritten, as the original networks do (`out += residual`, `ReLU(inplace=True)`).
+
+    True for what plain convolutions and batch norms return: their backward passes do not need it.
+    """
+    plain = type(conv) is nn.Conv3d and (bn is None or type(bn) in _NORMS)
+    return (
+        plain and type(y) is Tensor and (other is None or (type(other) is Tensor and other.dtype == y.dtype))
+    )
+
+
 def conv_bn_act(
     x: Tensor,
     conv: nn.Conv3d,
@@ -118,8 +129,8 @@ def conv_bn_act(
                 raise ValueError(
                     f"residual: expected the output's shape {list(y.shape)}, got {list(residual.shape)}"
                 )
-            y = y + residual
-        return F.relu(y) if activation == "relu" else y
+            y = y.add_(residual) if _is_fresh(y, conv, bn, residual) else y + residual
+        return F.relu(y, inplace=_is_fresh(y, conv, bn)) if activation == "relu" else y
 
     _check.tensor(x, "x")
     weight = conv._parameters["weight"]

@@ -278,6 +278,22 @@ class ConvProblem:
         elements = inputs + math.prod(self.weight_shape) + outputs * (2 if self.residual else 1)
         return elements * dtype.itemsize + 2 * self.k * 4
 
+    def torch_bf16_is_unsafe(self) -> bool:
+        """Whether torch's own bfloat16 convolution on a CPU must not be called with this geometry.
+
+        There it returns wrong results or writes out of bounds and corrupts the process (torch 2.13): where the output
+        is one wide and the stride along it more than 1 (pytorch#169688), with dilation, and where the kernel spans more
+        than the input, unless the padding is "same" and there are at least 16 channels. Found by isolated runs under a
+        checking allocator; wide on purpose.
+        """
+        if self.out_size[2] == 1 and self.stride[2] > 1:
+            return True
+        if max(self.dilation) > 1:
+            return True
+        same = self.c >= 16 and all(f == 2 * p + 1 for f, p in zip(self.kernel, self.padding, strict=True))
+        sizes = (self.d, self.h, self.w)
+        return not same and any(f > size for f, size in zip(self.kernel, sizes, strict=True))
+
     # ---- data ----
 
     def tensors(
@@ -336,7 +352,11 @@ class ConvProblem:
         """The three stock operations on `t`, by default in float64; None keeps the dtypes of `t`."""
         if dtype is not None:
             t = t.to(dtype)
-        y = F.conv3d(t.x, t.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if t.x.is_cpu and t.x.dtype == torch.bfloat16 and self.torch_bf16_is_unsafe():
+            y = F.conv3d(t.x.float(), t.weight.float(), None, *geometry).to(t.x.dtype)
+        else:
+            y = F.conv3d(t.x, t.weight, None, *geometry)
         y = F.batch_norm(y, t.running_mean, t.running_var, t.gamma, t.beta, False, 0.0, t.eps)
         if t.residual is not None:
             y = y + t.residual

@@ -81,7 +81,27 @@ def test_a_known_wrong_result_of_onednn_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     _, reasons = backends.candidates(request_for("n1c8d3h6w2k16f3s2p1", torch.bfloat16))
     assert "pytorch#169688" in reasons["oneDNN"]
-    assert "oneDNN" not in backends.candidates(request_for("n1c8d3h6w8k16f3s2p1", torch.bfloat16))[1]
+    for unsafe in ("n1c8d9h9w9k16f3p1l2", "n1c8d1h6w7k16f3x1x4s3x2x3p2x0x1"):
+        assert "pytorch#169688" in backends.candidates(request_for(unsafe, torch.bfloat16))[1]["oneDNN"]
+    for safe in ("n1c8d3h6w8k16f3s2p1", "n1c512d1h4w4k512f3p1+relu"):
+        assert "oneDNN" not in backends.candidates(request_for(safe, torch.bfloat16))[1]
+
+
+def test_stock_computes_what_torch_would_corrupt(monkeypatch) -> None:
+    """Such bfloat16 convolutions go through float32: torch's own would write out of bounds."""
+    p = ConvProblem.parse("n2c6d9h9w9k4f3p1l2g2+res+relu")
+    assert p.torch_bf16_is_unsafe()
+    t, real = p.tensors(torch.bfloat16), torch.nn.functional.conv3d
+
+    def watched(x: torch.Tensor, *args) -> torch.Tensor:
+        assert x.dtype != torch.bfloat16
+        return real(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", watched)
+    module = r3d.ConvBNAct3d(p.c, p.k, 3, padding=1, dilation=2, groups=2, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        y = module(t.x, t.residual)
+    assert torch.isfinite(y).all()
 
 
 # ---- asking for a backend ----

@@ -118,6 +118,19 @@ def test_same_bits_with_any_number_of_threads(text: str, dtype: torch.dtype) -> 
     assert all(torch.equal(results[0], r) for r in results)
 
 
+@pytest.mark.parametrize("text", ["n1c64d8h14w14k64f3p1+res+relu", "n1c256d4h14w14k256f3p1+relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_unmeasured_choice_and_bits_do_not_depend_on_threads(text: str, dtype: torch.dtype) -> None:
+    p = ConvProblem.parse(text)
+    t = p.tensors(dtype)
+    results = []
+    with r3d.backend("cpu"):
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(p, t))
+    assert all(torch.equal(results[0], r) for r in results)
+
+
 def _views(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values in other memory layouts."""
     n, c, d, h, w = x.shape
