@@ -16,13 +16,27 @@ import torch
 import torch.nn.functional as F
 from measure import machine, relative_error, write_json
 
-from r3d_kernels import ops
+from r3d_kernels import backends, ops
 
 ALGORITHMS = {
     (3, 3, 3): ("direct", "winograd222", "winograd244"),
     (1, 3, 3): ("direct", "winograd122", "winograd144"),
     (3, 1, 1): ("direct", "winograd211", "winograd411"),
     (1, 1, 1): ("direct",),
+}
+# matrix tiles: (outputs of a Winograd tile, slices of an operand); without AMX they run in plain loops
+TILES = {
+    (3, 3, 3): (
+        ((1, 1, 1), 3),
+        ((2, 1, 1), 3),
+        ((4, 1, 1), 3),
+        ((1, 4, 1), 3),
+        ((2, 2, 1), 3),
+        ((1, 1, 1), 2),
+    ),
+    (1, 3, 3): (((1, 1, 1), 3), ((1, 2, 1), 3), ((1, 4, 1), 3), ((1, 1, 1), 2)),
+    (3, 1, 1): (((1, 1, 1), 3), ((2, 1, 1), 3), ((4, 1, 1), 3), ((1, 1, 1), 2)),
+    (1, 1, 1): (((1, 1, 1), 3), ((1, 1, 1), 2)),
 }
 CHANNELS = (64, 128, 256, 512)
 SIZE = (4, 14, 14)
@@ -42,6 +56,13 @@ def measure_one(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
     for algorithm in ALGORITHMS[kernel]:
         packed = ops.conv3d_pack(weight, algorithm=algorithm)
         errors[algorithm] = relative_error(ops.conv3d_packed(x, packed, torch.zeros(c), **geometry), want)
+    if backends.describe()["isa"] == "amx":
+        for tile, slices in TILES[kernel]:
+            name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
+            y = ops.conv3d_tiles(
+                x, weight, torch.zeros(c), padding=padding, activation=None, slices=slices, tile=tile
+            )
+            errors[name] = relative_error(y, want)
     return errors
 
 

@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from r3d_kernels.models import create_model, list_models
 from r3d_kernels.problems import network_problems
 
 FP32_PROMISE = 1e-5  # relative L2 error of the logits against float64
@@ -45,7 +44,7 @@ def promise(dtype: torch.dtype, stock_error: float) -> float:
 
 
 def measure_combination(
-    network: str,
+    network: measure.Network,
     batch: int,
     dtype_name: str,
     *,
@@ -58,8 +57,8 @@ def measure_combination(
     """One row for each engine: time, rate, error, or the reason why there are none."""
     dtype = measure.DTYPES[dtype_name]
     torch.manual_seed(0)
-    model = measure.calibrate(create_model(network, fused=False))
-    x = measure.clip(batch)
+    model = measure.calibrate(network.build(fused=False))
+    x = network.clips(batch)
     gflop = sum(p.flops for _, p in network_problems(model, x.shape)) / 1e9
     note(f"{network} batch {batch} {dtype_name}: float64 reference")
     with torch.inference_mode():
@@ -79,7 +78,7 @@ def measure_combination(
     rows = []
     for engine in built:
         row: dict[str, Any] = {
-            "network": network,
+            "network": str(network),
             "batch": batch,
             "dtype": dtype_name,
             "engine": engine.name,
@@ -129,8 +128,9 @@ def memory_child(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     # No calibration: its training pass would count towards the peak, and values do not change sizes.
-    model = create_model(task["network"], fused=task["engine"] == "fused").eval()
-    x = measure.clip(task["batch"])
+    network = measure.Network.parse(task["network"])
+    model = network.build(fused=task["engine"] == "fused").eval()
+    x = network.clips(task["batch"])
     label, maker = peers.ENGINES[task["engine"]]
     try:
         run = maker(model, x, measure.DTYPES[task["dtype"]], task["threads"])
@@ -289,10 +289,11 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--networks",
-        type=_choices(list_models()),
-        default=["r3d_18", "hara_r3d_18", "hara_r3d_50"],
-        metavar="NAME,...",
-        help="names that create_model knows (default: r3d_18,hara_r3d_18,hara_r3d_50)",
+        type=lambda text: [measure.Network.parse(item) for item in _list(text)],
+        default=[measure.Network.parse(name) for name in ("r3d_18", "hara_r3d_18", "hara_r3d_50")],
+        metavar="NAME[@CxDxHxW],...",
+        help="names that create_model knows (default: r3d_18,hara_r3d_18,hara_r3d_50), each with 16 frames of 112x112 "
+        "or another clip, such as hara_r3d_18@1x96x96x96",
     )
     parser.add_argument(
         "--batch",
@@ -364,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network, batch, dtype in combinations:
         remaining = left()
         if remaining is not None and remaining <= 0:
-            rows = skipped(network, batch, dtype, engines, "the time is up")
+            rows = skipped(str(network), batch, dtype, engines, "the time is up")
         else:
             seconds = args.seconds if remaining is None else min(args.seconds, remaining)
             rows = measure_combination(
@@ -386,11 +387,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in peers.ALWAYS:
             remaining = left()
             if remaining is not None and remaining <= 0:
-                rows += skipped(network, batch, dtype, [name], "the time is up")
+                rows += skipped(str(network), batch, dtype, [name], "the time is up")
                 continue
             status.print(f"[dim]{network} batch {batch} {dtype}: memory of {name}[/dim]")
             task = {
-                "network": network,
+                "network": str(network),
                 "batch": batch,
                 "dtype": dtype,
                 "engine": name,

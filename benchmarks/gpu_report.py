@@ -28,10 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_sm80
+import gpu_sm90
 import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from r3d_kernels.problems import ConvProblem
 
 CHANNELS = (1, 3, 7, 8, 45, 64, 65, 230, 921)
 FP32_PROMISE = 5e-6  # relative L2 error of one operation against float64
@@ -325,6 +329,62 @@ def check_streams(count: int = 50) -> dict[str, Any]:
     return {"calls": 2 * count}
 
 
+# ---- the Hopper convolution ----
+
+
+def require_sm90() -> None:
+    """The compiled Hopper kernel on a GPU that runs it, or NotHere."""
+    require_op()
+    from r3d_kernels.backends import describe
+
+    if not any(arch.startswith("9.0a") for arch in describe()["cuda_archs"]):
+        raise NotHere("the package was not compiled for 9.0a")
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise NotHere("this GPU is not of compute capability 9.0")
+
+
+def check_sm90() -> dict[str, Any]:
+    require_sm90()
+    rows = gpu_sm90.check()
+    bad = [row for row in rows if not row["worst"] <= 1]
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} runs are wrong, first {bad[0]}", {"rows": rows})
+    return {"runs": len(rows), "worst": max(row["worst"] for row in rows)}
+
+
+def check_sm90_repetitions(count: int = 200) -> dict[str, Any]:
+    require_sm90()
+    found = gpu_sm90.different_bits(count)
+    if any(found.values()):
+        raise Failed(f"repetitions of {count} that differ: {found}", found)
+    return {"repetitions": count, "problems": len(found)}
+
+
+def check_sm90_graph() -> dict[str, Any]:
+    """Captured with its split sum and the counters that this clears, and replayed on new data."""
+    require_sm90()
+    problem = ConvProblem.parse("n1c512d2h7w7k512f3p1+res+relu")
+    w = gpu_sm90.work(problem, torch.bfloat16)
+    w.ours()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = w.ours()
+    for seed in (1, 2):
+        w.x.copy_(gpu_sm90.work(problem, torch.bfloat16, seed=seed).x)
+        graph.replay()
+        if not torch.equal(y, w.ours()):
+            raise Failed("a replayed graph gives another result than the call")
+    return {"replays": 2}
+
+
+def sm90_speed(network: str, batch: int) -> dict[str, Any]:
+    require_sm90()
+    rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
+    rows = gpu_sm90.speed(functools.partial(gpu_seconds, rounds=9), rate, network, batch)
+    return {"network": network, "batch": batch, "matmul_tflop_per_s": rate, "layers": rows}
+
+
 # ---- speed ----
 
 
@@ -503,6 +563,225 @@ def _reference(name: str) -> Tensor:
         return copy.deepcopy(_network(name)).double()(measure.clip(1).double())
 
 
+# ---- the Triton kernels ----
+
+TRITON_PROBLEMS = (
+    "n2c64d5h9w11k64f3p1+res+relu",
+    "n2c3d5h20w22k45f3x7x7s1x2x2p1x3x3+relu",
+    "n1c45d5h9w9k64f3x1x1p1x0x0+relu",
+    "n1c64d5h9w9k230f1x3x3p0x1x1+res+relu",
+    "n1c921d3h5w5k65f3x1x1p1x0x0+relu",
+    "n2c64d6h14w14k128f3s2p1+relu",
+    "n2c64d6h14w14k128f1s2",
+    "n3c256d3h7w7k512f1+res+relu",
+    "n1c512d2h7w7k512f3p1+res+relu",
+    "n2c32d7h9w8k48f3x2x3s1x2x1p2x1x3l2x3x2g2+res+relu",
+    "n8c128d8h28w28k256f3p1+res+relu",
+)
+
+
+def require_triton() -> None:
+    """Our Triton kernels, or NotHere."""
+    from r3d_kernels.triton.backend import why_no_triton
+
+    if (why_not := why_no_triton()) is not None:
+        raise NotHere(why_not)
+
+
+def _allowed(dtype: torch.dtype, precision: str) -> float:
+    if dtype == torch.float32:
+        return FP32_PROMISE if precision == "ieee" else 2e-3  # TF32 has ten bits, and torch allows it
+    return 2 * torch.finfo(dtype).eps
+
+
+def _apart(y: Tensor, expected: Tensor) -> float:
+    """Relative L2 error; measured on the device, because outputs are large here."""
+    return float((y.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS) -> dict[str, Any]:
+    """Every configuration that a layer may try, and the gradients, against float64."""
+    require_triton()
+    from r3d_kernels.problems import ConvProblem
+    from r3d_kernels.triton import config as configs
+    from r3d_kernels.triton import conv3d
+
+    rows, bad = [], []
+
+    def note(text: str, dtype: torch.dtype, what: str, y: Tensor, expected: Tensor, precision: str) -> None:
+        error, allowed = _apart(y, expected), _allowed(dtype, precision)
+        dtype_name = str(dtype).removeprefix("torch.")
+        rows.append({"problem": text, "dtype": dtype_name, "what": what, "error": error, "allowed": allowed})
+        if not error <= allowed:
+            bad.append(rows[-1])
+
+    for text in problems:
+        p = ConvProblem.parse(text)
+        geometry = (p.stride, p.padding, p.dilation, p.groups)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            t = p.tensors(dtype, device=device)
+            precision = configs.precision_of(dtype)
+            scale = (t.gamma.double() / (t.running_var.double() + t.eps).sqrt()).float()
+            bias = (t.beta.double() - t.running_mean.double() * scale.double()).float()
+            x, weight = t.x.double().requires_grad_(), t.weight.double().requires_grad_()
+            y = F.conv3d(x, weight, None, *geometry)
+            dy = torch.randn_like(y).to(dtype)
+            dx, dw = torch.autograd.grad(y, (x, weight), dy.double())
+            y = y.detach() * scale.double().view(1, -1, 1, 1, 1) + bias.double().view(1, -1, 1, 1, 1)
+            y = y if t.residual is None else y + t.residual.double()
+            y = y.relu() if p.activation == "relu" else y
+            for config in configs.candidates(p, dtype, precision, configs.machine(t.x.device)):
+                run = conv3d.forward(p, config, precision, True, True)
+                note(text, dtype, str(config), run(t.x, t.weight, scale, bias, t.residual), y, precision)
+            kwargs = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+            ours = conv3d.conv3d_input_grad(dy, t.weight, p.in_shape, **kwargs)
+            note(text, dtype, "input gradient", ours, dx, precision)
+            ours = conv3d.conv3d_weight_grad(t.x, dy, p.weight_shape, **kwargs)
+            note(text, dtype, "weight gradient", ours, dw, precision)
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "largest_error": _largest(rows)}
+
+
+def triton_layers(network: str, dtype_name: str, batch: int) -> dict[str, Any]:
+    """Each distinct layer: stock channels-last, cuDNN with our epilogue, and Triton as its tuner chose it."""
+    require_triton()
+    from r3d_kernels import backends
+    from r3d_kernels.problems import layers_of, unique
+    from r3d_kernels.triton import conv3d
+
+    dtype, rows = measure.DTYPES[dtype_name], []
+    for one, count in unique(layers_of(network).values()):
+        p = one.with_batch(batch)
+        t = p.tensors(dtype, device="cuda")
+        request = backends.Request(p, dtype, t.x.device, torch.get_num_threads())
+        norm = (t.running_mean, t.running_var, t.gamma, t.beta, t.eps)
+        layer = backends.Layer.of(t.weight, None, norm)
+        calls: dict[str, Callable[[], Any]] = {}
+        for kernel in backends.KERNELS:
+            if kernel.can_run(request) is None:
+                pack = kernel.pack(layer, request)
+                calls[kernel.name] = functools.partial(kernel.run, pack, t.x, t.residual, request)
+        with torch.no_grad():
+            seconds = gpu_seconds(calls, rounds=9)
+        scale = torch.ones(p.k, device="cuda")
+        run = conv3d.chosen(p, t.x, t.weight, scale, scale, t.residual)
+        rows.append(
+            {
+                "problem": str(p),
+                "count": count,
+                "config": str(run.config),
+                "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+                "tflop_per_s": {name: round(p.flops / s / 1e12, 1) for name, s in seconds.items()},
+                "triton_is_faster_than_stock": round(seconds["stock"] / seconds["triton"], 3),
+            }
+        )
+    return {"network": network, "dtype": dtype_name, "batch": batch, "layers": rows}
+
+
+def triton_and_inductor(texts: Sequence[str] = TRITON_PROBLEMS[-1:]) -> dict[str, Any]:
+    """The same layers through inductor's own Triton template for conv3d."""
+    require_triton()
+    import torch._inductor.config as inductor
+
+    from r3d_kernels.problems import ConvProblem
+    from r3d_kernels.triton import conv3d
+
+    rows = []
+    for text in texts:
+        p = ConvProblem.parse(text)
+        t = p.tensors(torch.bfloat16, device="cuda")
+        bias = t.beta.float()
+
+        def ours(p=p, t=t, bias=bias) -> Tensor:
+            return conv3d.conv3d(t.x, t.weight, None, bias, t.residual, padding=p.padding, activation="relu")
+
+        def stock(x: Tensor, weight: Tensor, residual: Tensor, p=p, bias=bias) -> Tensor:
+            y = F.conv3d(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
+            return (y + bias.view(1, -1, 1, 1, 1).to(y.dtype) + residual).relu()
+
+        with inductor.patch(max_autotune=True, max_autotune_conv_backends="TRITON"), torch.no_grad():
+            template = torch.compile(stock, dynamic=False)
+            template(t.x, t.weight, t.residual)
+            calls = {
+                "triton": ours,
+                "inductor": functools.partial(template, t.x, t.weight, t.residual),
+                "stock": functools.partial(stock, t.x, t.weight, t.residual),
+            }
+            seconds = gpu_seconds(calls, rounds=9)
+        rows.append({"problem": text, "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()}})
+    return {"rows": rows}
+
+
+def triton_norm_speed() -> dict[str, Any]:
+    """Training batch norm + residual + ReLU, forward and backward: its share of the speed of a copy."""
+    require_triton()
+    from r3d_kernels.triton import norm
+
+    copy_speed, rows = roofline()["copy_gbyte_per_s"], []
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            e = epilogue(shape, dtype)
+            leaves = [t.requires_grad_() for t in (e.x, e.scale, e.shift, e.residual)]
+            dy = torch.randn_like(e.x)
+
+            def ours(leaves=leaves, dy=dy) -> Any:
+                x, gamma, beta, residual = leaves
+                return torch.autograd.grad(norm.batch_norm_act(x, gamma, beta, residual)[0], leaves, dy)
+
+            def stock(leaves=leaves, dy=dy) -> Any:
+                x, gamma, beta, residual = leaves
+                y = F.relu(F.batch_norm(x, None, None, gamma, beta, True) + residual)
+                return torch.autograd.grad(y, leaves, dy)
+
+            seconds = gpu_seconds({"ours": ours, "stock": stock}, rounds=9)
+            # forward: x twice, residual, y; backward: x, y, dy twice, dx, dresidual
+            moved = 12 * e.x.numel() * e.x.element_size()
+            rows.append(
+                {
+                    "shape": list(shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+                    "share_of_copy": round(moved / seconds["ours"] / 1e9 / copy_speed, 3),
+                }
+            )
+    return {"floor": 0.8, "rows": rows}
+
+
+def triton_network(name: str, dtype_name: str, batch: int) -> dict[str, Any]:
+    """A network with every convolution through Triton, against eager channels-last."""
+    require_triton()
+    from r3d_kernels import backend
+
+    dtype = measure.DTYPES[dtype_name]
+    x = measure.clip(batch).to(device="cuda", dtype=dtype, memory_format=torch.channels_last_3d)
+    stock, fused = (_placed(name, dtype, fused=f) for f in (False, True))
+
+    def triton() -> Tensor:
+        with torch.no_grad(), backend("triton"):
+            return fused(x)
+
+    def eager() -> Tensor:
+        with torch.no_grad():
+            return stock(x)
+
+    expected = _reference(name)
+    errors = {
+        engine: measure.relative_error(call()[:1].cpu(), expected)
+        for engine, call in (("triton", triton), ("stock", eager))
+    }
+    seconds = gpu_seconds({"triton": triton, "stock": eager}, rounds=9)
+    data = {
+        "ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
+        "triton_is_faster": round(seconds["stock"] / seconds["triton"], 3),
+        "floor": 1.25,
+        "errors": errors,
+    }
+    if not errors["triton"] <= 2 * errors["stock"] + torch.finfo(dtype).eps / 2:
+        raise Failed(f"the network's error through Triton is {errors['triton']:.1e}", data)
+    return data
+
+
 # ---- compute-sanitizer ----
 
 
@@ -516,13 +795,13 @@ def sanitizer_path() -> str | None:
 
 
 def sanitize(left: Callable[[], float]) -> dict[str, Any]:
-    """memcheck and racecheck over small calls in a process of their own."""
+    """memcheck, racecheck and synccheck over small calls in a process of their own."""
     require_op()
     tool = sanitizer_path()
     if tool is None:
         raise NotHere("compute-sanitizer is not installed")
     results = {}
-    for check in ("memcheck", "racecheck"):
+    for check in ("memcheck", "racecheck", "synccheck"):
         command = [
             tool,
             "--tool",
@@ -557,6 +836,13 @@ def sanitizer_child() -> int:
         for channels in CHANNELS:
             for residual in (False, True):
                 epilogue((1, channels, 2, 3, 5), dtype, residual=residual).ours()
+    gpu_sm80.small_calls()
+    with contextlib.suppress(NotHere):
+        require_sm90()
+        for text in gpu_sm90.CORNERS[:9]:
+            gpu_sm90.work(ConvProblem.parse(text), torch.bfloat16).ours()
+        for tile in range(len(gpu_sm90.TILES)):
+            gpu_sm90.work(ConvProblem.parse(gpu_sm90.EVERY_TILE[0]), torch.float16).ours(1 << tile, 2)
     torch.cuda.synchronize()
     return 0
 
@@ -608,9 +894,17 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("200 repetitions, bitwise", check_repetitions, needs=5),
         Section("CUDA graph", check_graph, needs=3),
         Section("two streams", check_streams, needs=3),
+        Section("conv3d_sm90 against float64", check_sm90, needs=20),
+        Section("conv3d_sm90: 200 repetitions, bitwise", check_sm90_repetitions, needs=5),
+        Section("conv3d_sm90: CUDA graph", check_sm90_graph, needs=3),
         Section("roofline", roofline, needs=5),
         Section("bn_act speed", bn_act_speed, needs=5),
     ]
+    sections[2:2] = gpu_sm80.sections(sys.modules[__name__])
+
+    for name, batch in (("r3d_18", 32), ("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8)):
+        title = f"conv3d_sm90 speed, {name} batch {batch}"
+        sections.append(Section(title, functools.partial(sm90_speed, name, batch), needs=10))
 
     def network(name: str, dtype: str, batch: int, engines: tuple[str, ...], needs: float) -> Section:
         title = f"{name} {dtype} batch {batch}: {', '.join(engines)}"
@@ -621,6 +915,15 @@ def plan(left: Callable[[], float]) -> list[Section]:
     sections += [network("r3d_18", dtype, batch, eager, 10) for batch, dtype in sizes]
     sections.append(Section("compute-sanitizer", lambda: sanitize(left), needs=30))
     sections.append(network("r3d_18", "bf16", 8, ("stock", "fused", "compile"), 60))
+    sections += [
+        Section("Triton against float64", check_triton, needs=60),
+        Section("Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), needs=60),
+        Section(
+            "Triton: layers of r3d_18 bf16 batch 8", lambda: triton_layers("r3d_18", "bf16", 8), needs=30
+        ),
+        Section("Triton: training norm", triton_norm_speed, needs=10),
+        Section("Triton: inductor's template", triton_and_inductor, needs=60),
+    ]
     for name in ("hara_r3d_50", "hara_r3d_18"):
         sections += [network(name, dtype, batch, eager, 10) for batch, dtype in sizes]
     for name, dtype, batch in (

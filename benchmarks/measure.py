@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import importlib.metadata
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from r3d_kernels._cpu import cpu_flags, cpu_model
+from r3d_kernels.models import create_model, list_models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP = (3, 16, 112, 112)  # [C, D, H, W]
@@ -106,6 +108,42 @@ def _finite(data: Any) -> Any:
 
 
 # ---- models and data ----
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and the clip that it is given."""
+
+    name: str  # as create_model knows it
+    clip: tuple[int, int, int, int]  # [C, D, H, W]
+    text: str  # what `parse` read
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """NAME, or NAME@CxDxHxW."""
+        name, _, size = text.partition("@")
+        if name not in list_models():
+            raise argparse.ArgumentTypeError(f"unknown network {name!r}; known: {', '.join(list_models())}")
+        if not size:
+            channels = create_model(name, device="meta").in_channels
+            return cls(name, (channels, *CLIP[1:]), text)
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", size):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected NAME@CxDxHxW, such as hara_r3d_18@1x96x96x96"
+            )
+        return cls(name, tuple(map(int, size.split("x"))), text)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def build(self, **kwargs: Any) -> nn.Module:
+        """The network with random weights; keyword arguments as of create_model."""
+        return create_model(self.name, in_channels=self.clip[0], **kwargs)
+
+    def clips(self, batch: int, seed: int = 0) -> Tensor:
+        """Normal values that bfloat16 holds exactly, so that every engine sees the same input."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((batch, *self.clip), generator=generator).bfloat16().float()  # [N, C, D, H, W]
 
 
 def clip(batch: int, seed: int = 0, channels: int = CLIP[0]) -> Tensor:

@@ -15,6 +15,11 @@
 #include "conv3d.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/recycle.h"
+#include "cpu/tiles.h"
+#include "cuda/conv3d_sm80.h"
+#include "cuda/conv3d_sm90.h"
+#include "cuda/pool.h"
 #include "norm.h"
 
 #ifdef R3D_WITH_CUDA
@@ -184,6 +189,14 @@ Tensor channels_last(const Tensor& t) {
 Tensor plain(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor empty_channels_last(const Ints& shape, const Tensor& like) {
+  int64_t bytes = static_cast<int64_t>(like.element_size());
+  for (int64_t i : shape) bytes *= i;
+  if (like.is_cpu() && bytes >= cpu::kRecycledFrom) {
+    const int64_t w = shape[1], h = shape[4] * w, d = shape[3] * h, n = shape[2] * d;
+    void* memory = cpu::take(bytes);
+    return torch::stable::from_blob(memory, shape, Ints{n, 1, d, h, w}, like.device(), like.scalar_type(),
+                                    &cpu::give_back);
+  }
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               MemoryFormat::ChannelsLast3d);
 }
@@ -230,7 +243,7 @@ Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dt
   cpu::Isa isa = cpu::active_isa();
   // Folded weights rounded to bfloat16 would be wrong by the same amount for every pixel, which nothing
   // averages out: they stay float32. vdpbf16ps gets weights that are bfloat16 already.
-  if (scale && isa == cpu::Isa::kAvx512Bf16) isa = cpu::Isa::kAvx512;
+  if (scale && isa >= cpu::Isa::kAvx512Bf16) isa = cpu::Isa::kAvx512;
   const cpu::KernelTraits traits = cpu::kernel_traits(isa, type);
   const Dim3 kernel{weight.size(2), weight.size(3), weight.size(4)};
   const int64_t c = weight.size(1);
@@ -290,13 +303,67 @@ Tensor conv3d_bias_act_cpu(Tensor x, Tensor packed, Tensor bias, std::optional<T
   return y;
 }
 
+Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                        std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
+                        std::string activation, int64_t slices, Ints tile) {
+  const Ints input = sizes(x), w = sizes(weight);
+  R3D_CHECK(w.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(w));
+  cpu::TilesArgs a{};
+  a.conv.activation = activation_of(activation);
+  a.conv.g = geometry(input, w[0], w[1], {w[2], w[3], w[4]}, stride, padding, dilation, 1);
+  a.conv.dtype = dtype_of(x, "x");
+  a.weight_dtype = dtype_of(weight, "weight");
+  R3D_CHECK(a.weight_dtype == a.conv.dtype, "weight: expected the dtype of x, ", name(x.scalar_type()),
+            ", got ", name(weight.scalar_type()));
+  R3D_CHECK(weight.is_cpu(), "weight: expected a tensor on the device of x");
+  R3D_CHECK(tile.size() == 3, "tile: expected 3 integers (depth, height, width), got ", tile.size());
+  for (int64_t m : tile) R3D_CHECK(m >= 1 && m <= 4, "tile: expected integers 1 to 4, got ", text(tile));
+  a.tile = {static_cast<int>(tile[0]), static_cast<int>(tile[1]), static_cast<int>(tile[2])};
+  R3D_CHECK(slices >= 1 && slices <= 3, "slices: expected 1, 2 or 3, got ", slices);
+  a.slices = static_cast<int>(slices);
+  if (const char* why_not = cpu::tiles_refuse(a)) fail(why_not);
+  auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == w[0],
+              argument, ": expected a float32 CPU tensor of shape [", w[0], "], got ", name(t.scalar_type()),
+              " of shape ", text(sizes(t)));
+    return plain(t);
+  };
+  a.weight_channels_last = !weight.is_contiguous() && is_channels_last(weight);
+  const Tensor xl = channels_last(x), wp = a.weight_channels_last ? weight : plain(weight);
+  const Tensor b = vector(bias, "bias");
+  const Tensor s = scale ? vector(*scale, "scale") : b;
+  Tensor r = xl;
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), output_shape(a.conv.g));
+    r = channels_last(*residual);
+    a.conv.residual = r.const_data_ptr();
+  }
+  Tensor y = empty_channels_last(output_shape(a.conv.g), x);
+  if (y.numel() == 0) return y;
+  a.conv.x = xl.const_data_ptr();
+  a.conv.weight = wp.const_data_ptr();
+  a.conv.bias = static_cast<const float*>(b.const_data_ptr());
+  a.scale = scale ? static_cast<const float*>(s.const_data_ptr()) : nullptr;
+  a.conv.y = y.mutable_data_ptr();
+  cpu::conv3d_tiles(a, cpu::active_isa() == cpu::Isa::kAmx);
+  return y;
+}
+
 // ---- pooling and head
 // ------------------------------------------------------------------------------------------------
 
-Tensor max_pool3d_cpu(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+// Checks, output and arguments for any device; `keep` holds the tensors that the arguments point into.
+struct Pool {
+  PoolArgs a{};
+  Tensor y;
+  std::vector<Tensor> keep;
+};
+
+Pool prepare_max_pool3d(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding) {
   R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
   PoolArgs a{};
-  a.dtype = dtype_of(x, "x");
+  a.dtype = dtype_of(x, "x", x.is_cuda());
   a.n = x.size(0);
   a.c = x.size(1);
   a.in = {x.size(2), x.size(3), x.size(4)};
@@ -306,43 +373,58 @@ Tensor max_pool3d_cpu(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
   R3D_CHECK(2 * a.padding.d <= a.kernel.d && 2 * a.padding.h <= a.kernel.h && 2 * a.padding.w <= a.kernel.w,
             "padding: expected at most half of kernel_size ", text(kernel_size), ", got ", text(padding));
   a.out = output_size(a.in, a.kernel, a.stride, a.padding, {1, 1, 1});
-  const Tensor xl = channels_last(x);
-  Tensor y = empty_channels_last({a.n, a.c, a.out.d, a.out.h, a.out.w}, x);
-  if (y.numel() == 0) return y;
-  a.x = xl.const_data_ptr();
-  a.y = y.mutable_data_ptr();
-  cpu::max_pool3d(a);
-  return y;
+  Pool p{a, empty_channels_last({a.n, a.c, a.out.d, a.out.h, a.out.w}, x), {channels_last(x)}};
+  if (p.y.numel() == 0) return p;
+  p.a.x = p.keep[0].const_data_ptr();
+  p.a.y = p.y.mutable_data_ptr();
+  return p;
 }
 
-Tensor avg_pool_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+Tensor max_pool3d_cpu(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+  const Pool p = prepare_max_pool3d(x, kernel_size, stride, padding);
+  if (p.y.numel()) cpu::max_pool3d(p.a);
+  return p.y;
+}
+
+struct Head {
+  HeadArgs a{};
+  Tensor y;
+  std::vector<Tensor> keep;
+};
+
+Head prepare_avg_pool_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
   R3D_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "weight: expected shape [classes, ", x.size(1),
             "], got ", text(sizes(weight)));
   HeadArgs a{};
-  a.dtype = dtype_of(x, "x");
+  a.dtype = dtype_of(x, "x", x.is_cuda());
   check_same(weight, "weight", x);
   a.n = x.size(0);
   a.c = x.size(1);
   a.pixels = x.size(2) * x.size(3) * x.size(4);
   a.classes = weight.size(0);
   R3D_CHECK(a.pixels > 0 && a.c > 0, "x: only the batch may be empty, got shape ", text(sizes(x)));
-  const Tensor xl = channels_last(x), w = plain(weight);
-  Tensor b = w;
+  Head p{a,
+         torch::stable::empty(Ints{a.n, a.classes}, x.scalar_type(), std::nullopt, x.device()),
+         {channels_last(x), plain(weight)}};
   if (bias) {
     R3D_CHECK(bias->dim() == 1 && bias->size(0) == a.classes, "bias: expected shape [", a.classes, "], got ",
               text(sizes(*bias)));
     check_same(*bias, "bias", x);
-    b = plain(*bias);
-    a.bias = b.const_data_ptr();
+    p.keep.push_back(plain(*bias));
+    p.a.bias = p.keep.back().const_data_ptr();
   }
-  Tensor y = torch::stable::empty(Ints{a.n, a.classes}, x.scalar_type(), std::nullopt, x.device());
-  if (y.numel() == 0) return y;
-  a.x = xl.const_data_ptr();
-  a.weight = w.const_data_ptr();
-  a.y = y.mutable_data_ptr();
-  cpu::avg_pool_linear(a);
-  return y;
+  if (p.y.numel() == 0) return p;
+  p.a.x = p.keep[0].const_data_ptr();
+  p.a.weight = p.keep[1].const_data_ptr();
+  p.a.y = p.y.mutable_data_ptr();
+  return p;
+}
+
+Tensor avg_pool_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  const Head p = prepare_avg_pool_linear(x, weight, bias);
+  if (p.y.numel()) cpu::avg_pool_linear(p.a);
+  return p.y;
 }
 
 // ---- batch-norm application
@@ -405,6 +487,213 @@ Tensor bn_act_cuda(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> r
   const char* error = cuda::bn_act(p.a, stream);
   R3D_CHECK(!error, "r3d_kernels::bn_act on shape ", text(sizes(x)), ": ", error ? error : "");
   return p.y;
+}
+#endif
+
+#ifdef R3D_WITH_CUDA
+// ---- CUDA: the convolution for compute capability 8.0 and later, pooling and head
+// ---------------------------------------------------------------------------------------------------
+
+void* current_stream(const Tensor& x) {
+  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  return stream;
+}
+
+// "n2c64d8h28w28k128 kernel [3, 3, 3] ...": what an error of the device is reported with.
+std::string geometry_text(const ConvGeometry& g) {
+  std::ostringstream s;
+  s << 'n' << g.n << 'c' << g.c << 'd' << g.in.d << 'h' << g.in.h << 'w' << g.in.w << 'k' << g.k;
+  const struct {
+    const char* name;
+    Dim3 value;
+  } parts[] = {{"kernel", g.kernel}, {"stride", g.stride}, {"padding", g.padding}, {"dilation", g.dilation}};
+  for (const auto& p : parts) s << ' ' << p.name << ' ' << text({p.value.d, p.value.h, p.value.w});
+  return s.str();
+}
+
+void check_sm80(const ConvGeometry& g, DType dtype) {
+  const char* why_not = cuda::sm80::refuses(g, dtype);
+  R3D_CHECK(!why_not, "kernel_size: ", geometry_text(g), ": ", why_not ? why_not : "");
+}
+
+// Sizes that need no input: what packing depends on.
+ConvGeometry packing_geometry(const Ints& weight, const Ints& stride, const Ints& dilation) {
+  R3D_CHECK(weight.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(weight));
+  for (int64_t size : weight)
+    R3D_CHECK(size > 0, "weight: expected at least one element, got shape ", text(weight));
+  ConvGeometry g{};
+  g.k = weight[0];
+  g.c = weight[1];
+  g.kernel = {weight[2], weight[3], weight[4]};
+  g.stride = triple(stride, "stride", 1);
+  g.dilation = triple(dilation, "dilation", 1);
+  return g;
+}
+
+Tensor conv3d_sm80_pack_cuda(Tensor weight, ScalarType dtype, Ints stride, Ints dilation) {
+  const ConvGeometry g = packing_geometry(sizes(weight), stride, dilation);
+  R3D_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            "dtype: expected float32, bfloat16 or float16, got ", name(dtype));
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device());
+  void* stream = current_stream(weight);
+  const Tensor w = plain(
+      weight.scalar_type() == ScalarType::Double ? torch::stable::to(weight, ScalarType::Float) : weight);
+  const DType from = dtype_of(w, "weight", true);
+  Tensor packed = torch::stable::empty(Ints{1}, dtype, std::nullopt, weight.device());
+  const DType to = dtype_of(packed, "dtype", true);
+  check_sm80(g, to);
+  packed = torch::stable::empty(Ints{g.k, cuda::sm80::layout_of(g, to).row_elements}, dtype, std::nullopt,
+                                weight.device());
+  const char* error = cuda::sm80::pack(g, from, w.const_data_ptr(), to, packed.mutable_data_ptr(), stream);
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm80_pack on weight ", text(sizes(weight)), ": ",
+            error ? error : "");
+  return packed;
+}
+
+Tensor conv3d_sm80_cuda(Tensor x, Tensor packed, std::optional<Tensor> scale, Tensor bias,
+                        std::optional<Tensor> residual, int64_t out_channels, Ints kernel_size, Ints stride,
+                        Ints padding, Ints dilation, std::string activation, int64_t tile) {
+  const Ints input = sizes(x);
+  R3D_CHECK(input.size() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(input));
+  R3D_CHECK(tile >= -1 && tile < 3, "tile: expected -1 (the predicted one) to 2, got ", tile);
+  cuda::sm80::Call call{};
+  ConvArgs& a = call.conv;
+  a.activation = activation_of(activation);
+  a.g = geometry(input, out_channels, input[1], kernel_size, stride, padding, dilation, 1);
+  a.dtype = dtype_of(x, "x", true);
+  check_sm80(a.g, a.dtype);
+  const Ints expected{a.g.k, cuda::sm80::layout_of(a.g, a.dtype).row_elements};
+  check_same(packed, "packed", x);
+  R3D_CHECK(sizes(packed) == expected && packed.is_contiguous(),
+            "packed: expected the tensor that conv3d_sm80_pack returned for this geometry, of shape ",
+            text(expected), ", got ", text(sizes(packed)));
+  const auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == out_channels &&
+                  t.is_contiguous(),
+              argument, ": expected a contiguous float32 tensor of shape [", out_channels, "], got ",
+              name(t.scalar_type()), " of shape ", text(sizes(t)));
+    R3D_CHECK(t.is_cuda() && t.get_device() == x.get_device(), argument,
+              ": expected a tensor on the device of x");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  a.bias = vector(bias, "bias");
+  call.scale = scale ? vector(*scale, "scale") : nullptr;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  void* stream = current_stream(x);
+  Tensor r = x;
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), output_shape(a.g));
+    r = channels_last(*residual);
+    a.residual = r.const_data_ptr();
+  }
+  Tensor y = empty_channels_last(output_shape(a.g), x);
+  if (y.numel() == 0) return y;
+  a.x = x.const_data_ptr();
+  call.x = {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
+  a.weight = packed.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  call.multiprocessors = cuda::sm80::device_multiprocessors();
+  R3D_CHECK(call.multiprocessors > 0, "x: the CUDA runtime finds no device ", x.get_device());
+  call.choice = cuda::sm80::choose(a.g, a.dtype, call.multiprocessors, static_cast<int>(tile));
+  R3D_CHECK(call.choice.splits > 0, "tile: ", tile, " has no room for the offsets of kernel ",
+            text(kernel_size));
+  const int64_t bytes = cuda::sm80::workspace_bytes(call);
+  Tensor scratch = y;  // torch's allocator keeps it for this stream, in a graph capture too
+  if (bytes) scratch = torch::stable::empty(Ints{bytes}, ScalarType::Byte, std::nullopt, x.device());
+  const char* error = cuda::sm80::run(call, bytes ? scratch.mutable_data_ptr() : nullptr, stream);
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm80 on ", geometry_text(a.g), ' ', name(x.scalar_type()), ": ",
+            error ? error : "");
+  return y;
+}
+
+Tensor max_pool3d_cuda(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  void* stream = current_stream(x);
+  const Pool p = prepare_max_pool3d(x, kernel_size, stride, padding);
+  if (!p.y.numel()) return p.y;
+  const char* error = cuda::max_pool3d(p.a, stream);
+  R3D_CHECK(!error, "r3d_kernels::max_pool3d on shape ", text(sizes(x)), " kernel_size ", text(kernel_size),
+            " stride ", text(stride), " padding ", text(padding), ": ", error ? error : "");
+  return p.y;
+}
+
+Tensor avg_pool_linear_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  void* stream = current_stream(x);
+  const Head p = prepare_avg_pool_linear(x, weight, bias);
+  if (!p.y.numel()) return p.y;
+  Tensor means = torch::stable::empty(Ints{p.a.n, p.a.c}, ScalarType::Float, std::nullopt, x.device());
+  const char* error = cuda::avg_pool_linear(p.a, static_cast<float*>(means.mutable_data_ptr()), stream);
+  R3D_CHECK(!error, "r3d_kernels::avg_pool_linear on shape ", text(sizes(x)), " with ", p.a.classes,
+            " classes: ", error ? error : "");
+  return p.y;
+}
+
+// [N, C, D, H, W] of any layout and dtype, uint8 too, to channels-last `dtype`: x * scale[c] + shift[c].
+Tensor clip_channels_last_cuda(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                               ScalarType dtype) {
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  R3D_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            "dtype: expected float32, bfloat16 or float16, got ", name(dtype));
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  void* stream = current_stream(x);
+  const auto vector = [&](const std::optional<Tensor>& t, const char* argument) -> const float* {
+    if (!t) return nullptr;
+    R3D_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == x.size(1) &&
+                  t->is_contiguous() && t->is_cuda() && t->get_device() == x.get_device(),
+              argument, ": expected a contiguous float32 tensor of shape [", x.size(1),
+              "] on the device of x, got ", name(t->scalar_type()), " of shape ", text(sizes(*t)));
+    return static_cast<const float*>(t->const_data_ptr());
+  };
+  cuda::sm80::ClipArgs a{};
+  a.scale = vector(scale, "scale");
+  a.shift = vector(shift, "shift");
+  a.from = x.scalar_type() == ScalarType::Byte ? 3 : static_cast<int>(dtype_of(x, "x", true));
+  Tensor y = torch::stable::empty(sizes(x), dtype, std::nullopt, x.device(), std::nullopt,
+                                  MemoryFormat::ChannelsLast3d);
+  if (!y.numel()) return y;
+  a.to = dtype_of(y, "dtype", true);
+  a.rows = {x.size(0),
+            x.size(1),
+            {x.size(2), x.size(3), x.size(4)},
+            {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)},
+            x.const_data_ptr(),
+            0,
+            x.size(4),
+            x.size(1),
+            y.mutable_data_ptr()};
+  const char* error = cuda::sm80::clip(a, stream);
+  R3D_CHECK(!error, "r3d_kernels::clip_channels_last on shape ", text(sizes(x)), ": ", error ? error : "");
+  return y;
+}
+
+// Shapes for the fakes, and why a geometry does not run: "" where it does.
+int64_t conv3d_sm80_row(Ints weight, ScalarType dtype, Ints stride, Ints dilation) {
+  return cuda::sm80::layout_of(packing_geometry(weight, stride, dilation),
+                               dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16)
+      .row_elements;
+}
+std::string conv3d_sm80_refuses(Ints input, Ints weight, ScalarType dtype, Ints stride, Ints padding,
+                                Ints dilation) {
+  const ConvGeometry g =
+      geometry(input, weight[0], weight[1], {weight[2], weight[3], weight[4]}, stride, padding, dilation, 1);
+  const char* why_not =
+      cuda::sm80::refuses(g, dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16);
+  return why_not ? why_not : "";
+}
+
+// [tile, splits, predicted cycles] of all tiles or of one; empty where none can run.
+Ints conv3d_sm80_choice(Ints input, Ints weight, ScalarType dtype, Ints stride, Ints padding, Ints dilation,
+                        int64_t multiprocessors, int64_t tile) {
+  const ConvGeometry g =
+      geometry(input, weight[0], weight[1], {weight[2], weight[3], weight[4]}, stride, padding, dilation, 1);
+  const cuda::sm80::Choice c =
+      cuda::sm80::choose(g, dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16,
+                         static_cast<int>(multiprocessors), static_cast<int>(tile));
+  return c.splits ? Ints{c.tile, c.splits, static_cast<int64_t>(c.cycles)} : Ints{};
 }
 #endif
 
@@ -492,6 +781,10 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "conv3d_bias_act(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int out_channels, int[] "
       "kernel_size, "
       "int[] stride, int[] padding, int[] dilation, str activation) -> Tensor");
+  m.def(
+      "conv3d_tiles(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
+      "int[] "
+      "padding, int[] dilation, str activation, int slices, int[] tile) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
@@ -505,6 +798,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_pack", TORCH_BOX(&r3d::conv3d_pack_cpu));
   m.impl("conv3d_bias_act", TORCH_BOX(&r3d::conv3d_bias_act_cpu));
+  m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));
@@ -519,3 +813,139 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
   m.impl("conv3d_check", TORCH_BOX(&r3d::conv3d_check));
   m.impl("describe", TORCH_BOX(&r3d::describe));
 }
+
+#ifdef R3D_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
+  m.def("conv3d_sm80_pack(Tensor weight, ScalarType dtype, int[] stride, int[] dilation) -> Tensor");
+  m.def(
+      "conv3d_sm80(Tensor x, Tensor packed, Tensor? scale, Tensor bias, Tensor? residual, int out_channels, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, str activation, int tile=-1) -> "
+      "Tensor");
+  m.def("clip_channels_last(Tensor x, Tensor? scale, Tensor? shift, ScalarType dtype) -> Tensor");
+  m.def("conv3d_sm80_row(int[] weight, ScalarType dtype, int[] stride, int[] dilation) -> int");
+  m.def(
+      "conv3d_sm80_refuses(int[] input, int[] weight, ScalarType dtype, int[] stride, int[] padding, int[] "
+      "dilation) -> str");
+  m.def(
+      "conv3d_sm80_choice(int[] input, int[] weight, ScalarType dtype, int[] stride, int[] padding, int[] "
+      "dilation, int multiprocessors, int tile=-1) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) {
+  m.impl("conv3d_sm80_pack", TORCH_BOX(&r3d::conv3d_sm80_pack_cuda));
+  m.impl("conv3d_sm80", TORCH_BOX(&r3d::conv3d_sm80_cuda));
+  m.impl("clip_channels_last", TORCH_BOX(&r3d::clip_channels_last_cuda));
+  m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cuda));
+  m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
+  m.impl("conv3d_sm80_row", TORCH_BOX(&r3d::conv3d_sm80_row));
+  m.impl("conv3d_sm80_refuses", TORCH_BOX(&r3d::conv3d_sm80_refuses));
+  m.impl("conv3d_sm80_choice", TORCH_BOX(&r3d::conv3d_sm80_choice));
+}
+#endif
+
+// ---- convolution on Hopper
+
+namespace r3d {
+namespace {
+
+ConvGeometry sm90_geometry(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
+                           const Ints& dilation) {
+  R3D_CHECK(weight.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(weight));
+  return geometry(input, weight[0], weight[1], {weight[2], weight[3], weight[4]}, stride, padding, dilation,
+                  1);
+}
+
+// Why the kernel cannot run this, or nothing. Needs no GPU.
+std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
+                                ScalarType dtype) {
+  const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
+  const DType type = dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                     : dtype == ScalarType::Half   ? DType::kFloat16
+                                                   : DType::kFloat32;
+  const char* why = cuda::conv3d_sm90_refuses(g, type);
+  return why ? why : "";
+}
+
+#ifdef R3D_WITH_CUDA
+// TMA reads from multiples of 16 bytes; a view may begin anywhere.
+Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? torch::stable::clone(t) : t;
+}
+
+Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
+                        Ints stride, Ints padding, Ints dilation, std::string activation, int64_t tiles,
+                        int64_t split) {
+  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  ConvArgs a{};
+  a.g = sm90_geometry(sizes(x), sizes(weight), stride, padding, dilation);
+  a.dtype = dtype_of(x, "x", true);
+  a.activation = activation_of(activation);
+  if (const char* why = cuda::conv3d_sm90_refuses(a.g, a.dtype))
+    fail("r3d_kernels::conv3d_sm90 ", why, ": x ", text(sizes(x)), ", weight ", text(sizes(weight)));
+  check_same(weight, "weight", x);
+  const auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == a.g.k && t.is_cuda() &&
+                  t.get_device() == x.get_device(),
+              argument, ": expected a float32 tensor of shape [", a.g.k, "] on the device of x, got ",
+              name(t.scalar_type()), " of shape ", text(sizes(t)));
+    return plain(t);
+  };
+  const Tensor s = vector(scale, "scale"), b = vector(bias, "bias");
+  const Tensor xl = aligned(channels_last(x)), wl = aligned(channels_last(weight));
+  Tensor r = xl;
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), output_shape(a.g));
+    r = aligned(channels_last(*residual));
+    a.residual = r.const_data_ptr();
+  }
+  Tensor y = empty_channels_last(output_shape(a.g), x);
+  if (y.numel() == 0) return y;
+  const cuda::Sm90Plan plan = cuda::conv3d_sm90_plan(a.g, unsigned(tiles), int(split));
+  R3D_CHECK(plan.tile >= 0, "tiles: none of those asked for can run x ", text(sizes(x)), ", weight ",
+            text(sizes(weight)));
+  Tensor workspace = y;
+  void* scratch = nullptr;
+  if (plan.split > 1) {
+    workspace =
+        torch::stable::empty(Ints{plan.workspace_bytes()}, ScalarType::Byte, std::nullopt, x.device());
+    scratch = workspace.mutable_data_ptr();
+  }
+  a.x = xl.const_data_ptr();
+  a.weight = wl.const_data_ptr();
+  a.bias = static_cast<const float*>(b.const_data_ptr());
+  a.y = y.mutable_data_ptr();
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const char* error =
+      cuda::conv3d_sm90(a, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: ", error ? error : "");
+  return y;
+}
+#endif
+
+}  // namespace
+}  // namespace r3d
+
+STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
+  // tiles: bits of the tiles to choose from, for tests; split: parts of the sum, 0 for any
+  m.def(
+      "conv3d_sm90(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? residual, int[] stride, int[] "
+      "padding, int[] dilation, str activation, int tiles=-1, int split=0) -> Tensor");
+  m.def(
+      "conv3d_sm90_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
+      "ScalarType "
+      "dtype) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
+  m.impl("conv3d_sm90_refuses", TORCH_BOX(&r3d::conv3d_sm90_refuses));
+}
+
+#ifdef R3D_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) { m.impl("conv3d_sm90", TORCH_BOX(&r3d::conv3d_sm90_cuda)); }
+#endif

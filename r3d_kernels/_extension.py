@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,32 @@ try:
     path = Path(_module.__file__) if _module.__file__ else None
 except ImportError as e:
     error = e
+
+has_cuda = error is None and hasattr(torch.ops.r3d_kernels, "conv3d_sm80")  # compiled with nvcc
+
+
+@cache
+def capable(index: int | None) -> bool:
+    """Whether CUDA device `index` is there and has compute capability 8.0, for which the kernels are compiled."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@cache
+def multiprocessors(index: int | None) -> int:
+    """Of CUDA device `index`."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def runs_cuda(x: torch.Tensor) -> bool:
+    """Whether our CUDA kernels can read x."""
+    return has_cuda and x.is_cuda and capable(x.device.index)
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether our pooling and head kernels take x: float32 and bfloat16, on a GPU float16 too."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return x.dtype == torch.float16 and runs_cuda(x)
+    return error is None and (x.is_cpu or runs_cuda(x))
 
 
 def require() -> None:

@@ -7,17 +7,16 @@ and whenever they have changed.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r3d_kernels import _check, _extension, backends
+from r3d_kernels import _check, _extension, _fork, backends
 from r3d_kernels.problems import ConvProblem
 
-__all__ = ["LayerState", "layer_plans", "state_of"]
+__all__ = ["LayerState", "layer_packs", "layer_plans", "state_of"]
 
 logger = logging.getLogger("r3d_kernels")
 
@@ -43,7 +42,7 @@ class LayerState:
     """Packs and plans of one convolution with its batch norm. Shared by threads; copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = _fork.Lock()
         self._snapshot: _Snapshot | None = None
 
     def __deepcopy__(self, memo: object) -> LayerState:
@@ -121,7 +120,8 @@ class LayerState:
         asked = backends.current_backend()
         snapshot = self.snapshot(weight, conv_bias, norm)
         shape = None if residual is None else residual.shape
-        settings = (asked, torch.get_num_threads(), backends.fp32_mode())
+        tf32 = x.is_cuda and backends.tf32_allowed()
+        settings = (asked, torch.get_num_threads(), *backends.settings(), tf32)
         key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
         plan = snapshot.plans.get(key)
         if plan is not None and not torch.is_grad_enabled():
@@ -165,6 +165,7 @@ class LayerState:
             activation=activation,
         )
         request = backends.Request(problem, x.dtype, x.device, torch.get_num_threads())
+        _fork.computed_in_parallel()
         with self._lock:
             if key in snapshot.plans:
                 return snapshot.plans[key]
@@ -205,3 +206,10 @@ def layer_plans(module: nn.Module) -> Iterator[tuple[backends.Request, backends.
     state = module.__dict__.get(_ATTRIBUTE)
     if isinstance(state, LayerState):
         yield from state.plans()
+
+
+def layer_packs(module: nn.Module) -> list[Any]:
+    """The packed weights that the module's plans use now: who holds them keeps their memory."""
+    state = module.__dict__.get(_ATTRIBUTE)
+    snapshot = state._snapshot if isinstance(state, LayerState) else None
+    return [] if snapshot is None else [pack for _, pack, _, _ in list(snapshot.plans.values())]

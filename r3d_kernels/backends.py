@@ -12,20 +12,22 @@ import contextlib
 import math
 import os
 import platform
-import threading
 import time
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r3d_kernels import _cpu, _extension, _fold, tuning
+from r3d_kernels import _cpu, _extension, _fold, _fork, tuning
+from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
+from r3d_kernels._sm90 import Sm90Cuda
 from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton.backend import TritonConv3d
 
 __all__ = [
     "KERNELS",
@@ -35,9 +37,12 @@ __all__ = [
     "backend",
     "candidates",
     "choose",
+    "choose_for",
     "current_backend",
     "describe",
     "explain",
+    "tf32_allowed",
+    "work",
 ]
 
 NAMES = ("auto", "cpu", "cuda", "triton", "torch")
@@ -162,6 +167,26 @@ class Kernel(Protocol):
         """act(conv(x) * scale + shift + residual), channels-last."""
 
 
+class Work(NamedTuple):
+    """What a kernel has to do for a request, after what its algorithm saves."""
+
+    macs: int  # multiply-adds
+    bytes: int  # to and from memory
+    arithmetic: torch.dtype  # of the products: which of the processor's peaks is the limit
+
+
+def work(kernel: Kernel, request: Request) -> Work:
+    """The work of a kernel, for rooflines.
+
+    A kernel may tell through a method of this name. Else: a direct convolution without the taps that fall on padding,
+    and each input, weight and output once. The additions of Winograd's transforms are not counted.
+    """
+    tell = getattr(kernel, "work", None)
+    if tell is not None:
+        return tell(request)
+    return Work(request.problem.macs_inside, request.problem.bytes(request.dtype), request.dtype)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
@@ -176,6 +201,7 @@ class DirectCpu:
     name = "direct"
     backend = "cpu"
     algorithm = "direct"
+    copies_weights = True
 
     def can_run(self, request: Request) -> str | None:
         if request.device.type != "cpu":
@@ -249,6 +275,13 @@ class WinogradCpu(DirectCpu):
             return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
         return None
 
+    def work(self, request: Request) -> Work:
+        p = request.problem
+        tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
+        points = math.prod(map(_tile_inputs, self.tile))
+        extra = (points * 4 - math.prod(p.kernel) * request.dtype.itemsize) * p.c * p.k  # transformed weights
+        return Work(tiles * points * p.c * p.k, p.bytes(request.dtype) + extra, torch.float32)
+
     def cycles(self, request: Request) -> float:
         p, lanes = request.problem, _vector_lanes()
         tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
@@ -258,11 +291,104 @@ class WinogradCpu(DirectCpu):
         return work + passes * points * p.c * p.k * 4 / _BYTES_A_CYCLE
 
 
+class AmxCpu(DirectCpu):
+    """Our C++ implicit GEMM on matrix tiles (csrc/cpu/tiles*): reads the parameter itself, nothing is packed.
+
+    float32 is split into three bfloat16 slices whose six products keep its accuracy. Two slices (three products, error
+    about 4e-6) with `torch.set_float32_matmul_precision("high")`, one with "medium".
+
+    Args:
+        tile: outputs of a Winograd tile along depth and height; 1 elsewhere.
+    """
+
+    copies_weights = False
+
+    def __init__(self, tile: tuple[int, int, int]) -> None:
+        self.tile = tile
+        self.name = "AMX" if tile == (1, 1, 1) else f"AMX F({','.join(map(str, tile))})"
+
+    def can_run(self, request: Request) -> str | None:
+        why_not = super().can_run(request)
+        if why_not is not None:
+            return why_not
+        if describe()["isa"] != "amx":
+            return "this processor has no AMX tiles, or R3D_KERNELS_ISA leaves them out"
+        p = request.problem
+        if math.prod(p.kernel) > 1024:
+            return f"takes kernels of at most 1024 taps, got {p.kernel}"
+        for m, kernel, stride, dilation in zip(self.tile, p.kernel, p.stride, p.dilation, strict=True):
+            if m > 1 and (kernel, stride, dilation) != (3, 1, 1):
+                return f"the tile is not for kernel {p.kernel}, stride {p.stride}, dilation {p.dilation}"
+        if self.tile != (1, 1, 1):
+            if max(p.kernel[:2]) > 3:
+                return f"the tile is not for kernel {p.kernel}"
+            if request.dtype == torch.bfloat16:
+                return "transformed values would be rounded to bfloat16"
+            if self._slices(request) == 1:
+                return "tiles are for float32 accuracy"
+            if 4 in self.tile and fp32_mode() == "strict":
+                return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
+        return None
+
+    @staticmethod
+    def _slices(request: Request) -> int:
+        if request.dtype == torch.bfloat16:
+            return 1
+        if fp32_mode() == "strict":
+            return 3
+        return {"high": 2, "medium": 1}.get(torch.get_float32_matmul_precision(), 3)
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        scale = None if layer.scale is None else layer.scale.float()
+        weight = layer.weight.to(request.dtype)
+        if not weight.is_contiguous(memory_format=torch.channels_last_3d):  # both are read as they are
+            weight = weight.contiguous()
+        return weight, scale, layer.shift.float()
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        return torch.ops.r3d_kernels.conv3d_tiles(
+            x,
+            *pack,
+            residual,
+            p.stride,
+            p.padding,
+            p.dilation,
+            p.activation or "none",
+            self._slices(request),
+            self.tile,
+        )
+
+    def work(self, request: Request) -> Work:
+        p, slices = request.problem, self._slices(request)
+        points = math.prod(map(_tile_inputs, self.tile))
+        kernel = math.prod(1 if m > 1 else k for m, k in zip(self.tile, p.kernel, strict=True))
+        outputs = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
+        macs = p.macs_inside if points == 1 else outputs * points * kernel * p.c * p.k
+        return Work(macs * slices * (slices + 1) // 2, p.bytes(request.dtype), torch.bfloat16)
+
+    def cycles(self, request: Request) -> float:
+        p, slices = request.problem, self._slices(request)
+        products = slices * (slices + 1) / 2
+        points = math.prod(map(_tile_inputs, self.tile))
+        saved = math.prod(3 if m > 1 else 1 for m in self.tile) * math.prod(
+            size / -(-size // m) for m, size in zip(self.tile, p.out_size, strict=True)
+        ) / points  # fmt: skip
+        steps = -(-p.c // 32) * 32 / p.c if p.c >= 32 or p.kernel[2] == 1 else 1.3
+        products_of_all = p.macs * steps / saved * products / (512 * 0.6)
+        spread = p.c * p.k * math.prod(p.kernel) * points / math.prod(3 if m > 1 else 1 for m in self.tile)
+        pixels = p.n * p.c * p.d * p.h * p.w
+        blocks = max(1.0, pixels * slices * 2 / 2**19)
+        transformed = pixels * slices * points / math.prod(self.tile)
+        return products_of_all + blocks * spread * (0.3 + 0.2 * slices) + transformed
+
+
 class OneDnn:
     """oneDNN's fused convolution as torch ships it, with prepacked weights (a private API of torch: probed first)."""
 
     name = "oneDNN"
     backend = "torch"
+    copies_weights = True
     private = True  # a torch that changes it must not break us: tried once before it may be chosen
 
     def can_run(self, request: Request) -> str | None:
@@ -389,7 +515,18 @@ def _onednn_ops() -> bool:
 
 # In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
 _TILES = ((2, 2, 2), (2, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
-KERNELS: list[Kernel] = [DirectCpu(), *map(WinogradCpu, _TILES), OneDnn(), CudnnBnAct(), Stock()]
+_AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
+KERNELS: list[Kernel] = [
+    DirectCpu(),
+    *map(WinogradCpu, _TILES),
+    *map(AmxCpu, _AMX_TILES),
+    OneDnn(),
+    Sm90Cuda(),
+    CudnnBnAct(),
+    *map(TensorCoreSm80, (None, *TILES)),
+    TritonConv3d(),
+    Stock(),
+]
 
 
 def fp32_mode() -> str:
@@ -398,6 +535,19 @@ def fp32_mode() -> str:
     if mode not in ("default", "strict"):
         raise ValueError(f"R3D_KERNELS_FP32: expected 'default' or 'strict', got {mode!r}")
     return mode
+
+
+def memory_mode() -> str:
+    """ "lean", or "fast" (R3D_KERNELS_MEMORY): a copy of large weights for every gain, however small."""
+    mode = os.environ.get("R3D_KERNELS_MEMORY") or "lean"
+    if mode not in ("lean", "fast"):
+        raise ValueError(f"R3D_KERNELS_MEMORY: expected 'lean' or 'fast', got {mode!r}")
+    return mode
+
+
+def settings() -> tuple[str, str, str]:
+    """What a layer's choice of kernel depends on beside the request: `fp32_mode`, torch's own switch, `memory_mode`."""
+    return fp32_mode(), torch.get_float32_matmul_precision(), memory_mode()
 
 
 @cache
@@ -417,22 +567,32 @@ def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dic
             able.append(kernel)
         else:
             reasons[kernel.name] = why_not
+    if (
+        asked == "auto"
+        and memory_mode() == "lean"
+        and any(getattr(k, "copies_weights", None) is False for k in able)
+    ):
+        p = request.problem  # not even to be measured: the copy alone would be the peak of memory
+        if p.c // p.groups * p.k * math.prod(p.kernel) * request.dtype.itemsize > _MOST_COPIED:
+            for kernel in [k for k in able if getattr(k, "copies_weights", False)]:
+                able.remove(kernel)
+                reasons[kernel.name] = "keeps a copy of large weights (R3D_KERNELS_MEMORY=fast allows it)"
     if not able:
         able = [k for k in KERNELS if k.name == "stock"]
         if not reasons:
             reasons[asked] = f"no {asked} kernel is part of this version"
     ours = [k for k in able if isinstance(k, DirectCpu)]
     if len(ours) > 1:
-        cycles = {k.name: k.cycles(request) for k in ours}
+        cycles = {k.name: k.cycles(request) * _price_of_memory(k, request) for k in ours}
         ours.sort(key=lambda k: cycles[k.name])
         # Not worth a measurement: a tile that streams more weights than it saves multiplications.
         limit = 1.6 * min(cycles.values())
-        for kernel in [k for k in ours if cycles[k.name] > limit and k.name != "direct"]:
+        for kernel in [k for k in ours if cycles[k.name] > limit and k.name not in ("direct", "AMX")]:
             ours.remove(kernel)
-            reasons[kernel.name] = "predicted to be far slower"
+            reasons[kernel.name] = "predicted to be far slower, or not worth a copy of the weights"
         able = ours + [k for k in able if not isinstance(k, DirectCpu)]
     if request.dtype == torch.bfloat16 and request.device.type == "cpu" and _bf16_in_hardware():
-        able.sort(key=lambda k: k.name != "oneDNN")  # it has AMX tiles; our direct kernel has vdpbf16ps
+        able.sort(key=lambda k: k.name not in ("AMX", "oneDNN"))  # vdpbf16ps is slower than either
     return able, reasons
 
 
@@ -448,9 +608,15 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+# How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
+_WORTH_A_COPY = 3.0
+_WORTH_FRESH_OUTPUTS = 1.2
+_MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
+_SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 1 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
-_BUDGET = 0.1  # seconds of repetitions for one layer; three rounds are made in any case
-_measuring = threading.Lock()  # two layers measured at once would measure each other
+_BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
+_THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
+_measuring = _fork.Lock()  # two layers measured at once would measure each other
 
 
 def _synchronize(device: torch.device) -> None:
@@ -461,7 +627,11 @@ def _synchronize(device: torch.device) -> None:
 def _measure(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
-    """Best seconds of each kernel, interleaved; a kernel that is far behind is not repeated."""
+    """Best seconds of each kernel, interleaved; a kernel that is far behind is not repeated.
+
+    Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
+    they take less than _THREE_ROUNDS.
+    """
 
     def once(kernel: Kernel) -> float:
         _synchronize(request.device)
@@ -471,8 +641,13 @@ def _measure(
         return time.perf_counter() - start
 
     best = {k.name: once(k) for k in kernels}  # warm-up: page faults, lazy initialisation
-    running, spent, rounds = list(kernels), 0.0, 0
-    while rounds < 3 or (rounds < 12 and spent < _BUDGET):
+    # One call that took longer than the whole budget, and far longer than others, has told enough.
+    hopeless = max(_BUDGET, 3 * min(best.values()))
+    running, spent, rounds = [k for k in kernels if best[k.name] <= hopeless], 0.0, 0
+    # The winner runs once more in any case: its first call is no measure of the others to come.
+    while rounds == 0 or (
+        len(running) > 1 and rounds < 12 and (spent < _BUDGET or (rounds < 3 and spent < _THREE_ROUNDS))
+    ):
         for k in running:
             t = once(k)
             best[k.name] = min(best[k.name], t)
@@ -481,17 +656,82 @@ def _measure(
         # The best of two calls that is this far behind is not noise, even on a busy machine.
         limit = 3 * min(best.values())
         running = [k for k in running if best[k.name] <= limit or rounds < 2]
-        if len(running) < 2:
-            break
     return best
+
+
+def _price_of_memory(kernel: Kernel, request: Request) -> float:
+    """The factor on a kernel's time for its own copy of large weights, and for large outputs in fresh memory."""
+    if memory_mode() == "fast":
+        return 1.0
+    p, size = request.problem, request.dtype.itemsize
+    price = 1.0
+    if (
+        getattr(kernel, "copies_weights", False)
+        and p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY
+    ):
+        price *= _WORTH_A_COPY
+    if (
+        not isinstance(kernel, DirectCpu)
+        and request.device.type == "cpu"
+        and math.prod(p.out_shape) * size > _SMALL_OUTPUT
+    ):
+        price *= _WORTH_FRESH_OUTPUTS
+    return price
+
+
+def _winner(able: list[Kernel], seconds: dict[str, float], request: Request) -> Kernel:
+    """The fastest, or a preferred one close to it; memory has to be worth it where a kernel of ours does without."""
+    lean = any(getattr(k, "copies_weights", None) is False for k in able)
+
+    def cost(kernel: Kernel) -> float:
+        return seconds[kernel.name] * (_price_of_memory(kernel, request) if lean else 1.0)
+
+    least = min(cost(k) for k in able)
+    return next(k for k in able if cost(k) <= least * _MARGIN)
 
 
 def _fails(kernel: Kernel, packed: Any, x: Tensor, residual: Tensor | None, request: Request) -> str | None:
     try:
-        kernel.run(packed(kernel), x, residual, request)
+        y = kernel.run(packed(kernel), x, residual, request)
     except RuntimeError as e:
         return str(e).splitlines()[0]
-    return None
+    return _differs(y, packed, x, residual, request) if getattr(kernel, "compared", False) else None
+
+
+def _differs(y: Tensor, packed: Any, x: Tensor, residual: Tensor | None, request: Request) -> str | None:
+    """Whether the first sample is far from what the stock layers make of it: far beyond any rounding."""
+    if request.problem.n == 0 or (y.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    stock = next(k for k in KERNELS if k.name == "stock")
+    want = stock.run(packed(stock), x[:1], None if residual is None else residual[:1], request).float()
+    distance = float((y[:1].float() - want).norm())
+    size = float(want.norm())
+    if not math.isfinite(size) or distance <= 0.05 * size + 1e-6:
+        return None
+    return f"its result is {distance / (size or 1.0):.1e} from the stock layers'"
+
+
+def cache_key(request: Request, asked: str) -> tuple[str, str]:
+    """(machine, problem) under which the tuning cache has a request."""
+    defaults = ("auto", "default", "highest", "lean")
+    parts = [
+        setting for setting, usual in zip((asked, *settings()), defaults, strict=True) if setting != usual
+    ]
+    return tuning.machine_key(request.device, describe()["isa"]), " ".join([str(request), *parts])
+
+
+def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:
+    """What an earlier measurement of the same candidates chose, if that needs no trial."""
+    if not tuning.enabled() or len(able) < 2 or request.problem.n == 0 or asked != "auto":
+        return None
+    known = tuning.shared.get(*cache_key(request, asked))
+    if known is None or set(known["seconds"]) != {k.name for k in able}:
+        return None
+    kernel = next((k for k in able if k.name == known["kernel"]), None)
+    if kernel is None or getattr(kernel, "private", False):
+        return None
+    why = _why(kernel.name, known["seconds"])
+    return Choice(kernel, f"measured earlier: {why}", dict(known["seconds"]))
 
 
 def choose(
@@ -510,6 +750,8 @@ def choose(
         x, residual: the data of this very call, on which kernels are measured.
     """
     able, reasons = candidates(request, asked)
+    if (known := _known(request, asked, able)) is not None:
+        return known
     for kernel in [k for k in able if getattr(k, "private", False)]:
         if failure := _fails(kernel, packed, x, residual, request):
             reasons[kernel.name] = f"failed: {failure}"
@@ -530,23 +772,55 @@ def choose(
     if request.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return Choice(able[0], "preferred; cannot be measured while a CUDA graph is captured" + note)
 
-    mode = fp32_mode()
-    machine = tuning.machine_key(request.device, describe()["isa"])
-    key = " ".join(
-        [str(request), *([asked] if asked != "auto" else []), *([mode] if mode != "default" else [])]
-    )
+    machine, key = cache_key(request, asked)
     by_name = {k.name: k for k in able}
     with _measuring:
         known = tuning.shared.get(machine, key)
         if known is not None and known["kernel"] in by_name and set(known["seconds"]) == set(by_name):
-            return Choice(
-                by_name[known["kernel"]], "measured earlier: fastest" + note, dict(known["seconds"])
-            )
+            why = _why(known["kernel"], known["seconds"])
+            return Choice(by_name[known["kernel"]], f"measured earlier: {why}{note}", dict(known["seconds"]))
         seconds = _measure(able, {k.name: packed(k) for k in able}, x, residual, request)
-        fastest = min(seconds.values())
-        winner = next(k for k in able if seconds[k.name] <= fastest * _MARGIN)
+        winner = _winner(able, seconds, request)
         tuning.shared.put(machine, key, winner.name, seconds)
-    return Choice(winner, "measured: fastest" + note, seconds)
+    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds)
+
+
+def _why(name: str, seconds: dict[str, float]) -> str:
+    fastest = min(seconds, key=seconds.__getitem__)
+    behind = seconds[name] / seconds[fastest] - 1
+    if behind <= 0:
+        return "fastest"
+    if behind < _MARGIN - 1:
+        return f"preferred, within 3 % of {fastest}"
+    return f"takes less memory than {fastest}, which needs {1 - 1 / (1 + behind):.0%} less time"
+
+
+def choose_for(
+    problem: ConvProblem, dtype: torch.dtype, device: torch.device | str = "cpu", asked: str | None = None
+) -> Choice:
+    """The kernel for a problem, measured on random data unless the tuning cache knows it.
+
+    Args:
+        problem, dtype, device: what is to be run, with as many threads as torch has now.
+        asked: the backend; None is that of the `backend` block or of R3D_KERNELS_BACKEND.
+
+    Raises:
+        ValueError: where no such convolution exists.
+    """
+    device = torch.device(device)
+    request = Request(problem.validate(), dtype, device, torch.get_num_threads())
+    asked = current_backend() if asked is None else _checked(asked, "asked")
+    with torch.no_grad():
+        t = problem.tensors(dtype, device=device, param_dtype=torch.float32)
+        layer = Layer.of(t.weight, None, (t.running_mean, t.running_var, t.gamma, t.beta, t.eps))
+        packs: dict[str, Any] = {}
+
+        def packed(kernel: Kernel) -> Any:
+            if kernel.name not in packs:
+                packs[kernel.name] = kernel.pack(layer, request)
+            return packs[kernel.name]
+
+        return choose(request, asked, packed, t.x, t.residual)
 
 
 # ----------------------------------------------------------------------------------------- what it says of itself
@@ -588,7 +862,10 @@ def _full_name(kernel: Kernel) -> str:
     """With the instruction set where it is ours; vdpbf16ps takes bfloat16 weights that no batch norm is folded into."""
     if kernel.backend != "cpu":
         return kernel.name
-    return f"{kernel.name} {describe()['isa'].removesuffix('_bf16')}"
+    if isinstance(kernel, AmxCpu):
+        return kernel.name
+    isa = describe()["isa"]
+    return f"{kernel.name} {'avx512' if isa in ('avx512_bf16', 'amx') else isa}"
 
 
 _CPU_FEATURES = (

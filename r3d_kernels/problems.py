@@ -495,7 +495,7 @@ def unique(
 LAYER_INPUT = (1, 3, 16, 112, 112)
 """The clip that LAYERS stands for."""
 
-LAYER_NETWORKS = ("r3d_18", "hara_r3d_18", "hara_r3d_50", "seed_r3d_18")
+LAYER_NETWORKS = ("r3d_18", "hara_r3d_18", "hara_r3d_50", "seed_r3d_18", "r2plus1d_18", "mc3_18")
 """The networks in LAYERS, by the names that `create_model` knows."""
 
 LAYERS: dict[str, str] = {
@@ -568,6 +568,50 @@ LAYERS: dict[str, str] = {
     "seed_r3d_18/layer4.0.conv2": "n1c512d1h4w4k512f3s1p1+res+relu",
     "seed_r3d_18/layer4.0.downsample.0": "n1c256d2h7w7k512f1s2p0",
     "seed_r3d_18/layer4.1.conv1": "n1c512d1h4w4k512f3s1p1+relu",
+    "r2plus1d_18/stem.0": "n1c3d16h112w112k45f1x7x7s1x2x2p0x3x3+relu",
+    "r2plus1d_18/stem.3": "n1c45d16h56w56k64f3x1x1s1p1x0x0+relu",
+    "r2plus1d_18/layer1.0.conv1.0.0": "n1c64d16h56w56k144f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer1.0.conv1.0.3": "n1c144d16h56w56k64f3x1x1s1p1x0x0+relu",
+    "r2plus1d_18/layer1.0.conv2.0.3": "n1c144d16h56w56k64f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer2.0.conv1.0.0": "n1c64d16h56w56k230f1x3x3s1x2x2p0x1x1+relu",
+    "r2plus1d_18/layer2.0.conv1.0.3": "n1c230d16h28w28k128f3x1x1s2x1x1p1x0x0+relu",
+    "r2plus1d_18/layer2.0.conv2.0.0": "n1c128d8h28w28k230f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer2.0.downsample.0": "n1c64d16h56w56k128f1s2p0",
+    "r2plus1d_18/layer2.0.conv2.0.3": "n1c230d8h28w28k128f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer2.1.conv1.0.0": "n1c128d8h28w28k288f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer2.1.conv1.0.3": "n1c288d8h28w28k128f3x1x1s1p1x0x0+relu",
+    "r2plus1d_18/layer2.1.conv2.0.3": "n1c288d8h28w28k128f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer3.0.conv1.0.0": "n1c128d8h28w28k460f1x3x3s1x2x2p0x1x1+relu",
+    "r2plus1d_18/layer3.0.conv1.0.3": "n1c460d8h14w14k256f3x1x1s2x1x1p1x0x0+relu",
+    "r2plus1d_18/layer3.0.conv2.0.0": "n1c256d4h14w14k460f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer3.0.downsample.0": "n1c128d8h28w28k256f1s2p0",
+    "r2plus1d_18/layer3.0.conv2.0.3": "n1c460d4h14w14k256f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer3.1.conv1.0.0": "n1c256d4h14w14k576f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer3.1.conv1.0.3": "n1c576d4h14w14k256f3x1x1s1p1x0x0+relu",
+    "r2plus1d_18/layer3.1.conv2.0.3": "n1c576d4h14w14k256f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer4.0.conv1.0.0": "n1c256d4h14w14k921f1x3x3s1x2x2p0x1x1+relu",
+    "r2plus1d_18/layer4.0.conv1.0.3": "n1c921d4h7w7k512f3x1x1s2x1x1p1x0x0+relu",
+    "r2plus1d_18/layer4.0.conv2.0.0": "n1c512d2h7w7k921f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer4.0.downsample.0": "n1c256d4h14w14k512f1s2p0",
+    "r2plus1d_18/layer4.0.conv2.0.3": "n1c921d2h7w7k512f3x1x1s1p1x0x0+res+relu",
+    "r2plus1d_18/layer4.1.conv1.0.0": "n1c512d2h7w7k1152f1x3x3s1p0x1x1+relu",
+    "r2plus1d_18/layer4.1.conv1.0.3": "n1c1152d2h7w7k512f3x1x1s1p1x0x0+relu",
+    "r2plus1d_18/layer4.1.conv2.0.3": "n1c1152d2h7w7k512f3x1x1s1p1x0x0+res+relu",
+    "mc3_18/stem.0": "n1c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu",
+    "mc3_18/layer1.0.conv1.0": "n1c64d16h56w56k64f3s1p1+relu",
+    "mc3_18/layer1.0.conv2.0": "n1c64d16h56w56k64f3s1p1+res+relu",
+    "mc3_18/layer2.0.conv1.0": "n1c64d16h56w56k128f1x3x3s1x2x2p0x1x1+relu",
+    "mc3_18/layer2.0.downsample.0": "n1c64d16h56w56k128f1s1x2x2p0",
+    "mc3_18/layer2.0.conv2.0": "n1c128d16h28w28k128f1x3x3s1p0x1x1+res+relu",
+    "mc3_18/layer2.1.conv1.0": "n1c128d16h28w28k128f1x3x3s1p0x1x1+relu",
+    "mc3_18/layer3.0.conv1.0": "n1c128d16h28w28k256f1x3x3s1x2x2p0x1x1+relu",
+    "mc3_18/layer3.0.downsample.0": "n1c128d16h28w28k256f1s1x2x2p0",
+    "mc3_18/layer3.0.conv2.0": "n1c256d16h14w14k256f1x3x3s1p0x1x1+res+relu",
+    "mc3_18/layer3.1.conv1.0": "n1c256d16h14w14k256f1x3x3s1p0x1x1+relu",
+    "mc3_18/layer4.0.conv1.0": "n1c256d16h14w14k512f1x3x3s1x2x2p0x1x1+relu",
+    "mc3_18/layer4.0.downsample.0": "n1c256d16h14w14k512f1s1x2x2p0",
+    "mc3_18/layer4.0.conv2.0": "n1c512d16h7w7k512f1x3x3s1p0x1x1+res+relu",
+    "mc3_18/layer4.1.conv1.0": "n1c512d16h7w7k512f1x3x3s1p0x1x1+relu",
 }
 """"network/layer" -> problem: every distinct layer, named after the first that has the geometry."""
 

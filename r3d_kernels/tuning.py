@@ -12,15 +12,15 @@ import contextlib
 import json
 import os
 import tempfile
-import threading
 import warnings
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from r3d_kernels import _cpu, _version
+from r3d_kernels import _cpu, _fork, _version
 
-__all__ = ["TuningCache", "cache_path", "enabled", "machine_key"]
+__all__ = ["TuningCache", "cache_path", "check_writable", "enabled", "machine_key"]
 
 _FORMAT = 1
 
@@ -41,6 +41,14 @@ def cache_path() -> Path:
     return Path(base) / "r3d_kernels" / "tuning-v1.json"
 
 
+def check_writable() -> None:
+    """Raises OSError where nothing can be remembered; a forward pass goes on there, and measures again next time."""
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def machine_key(device: torch.device, isa: str) -> str:
     """What has to be equal for a measurement to carry over."""
     parts = [f"r3d_kernels {_version.__version__}", f"torch {torch.__version__}"]
@@ -52,14 +60,20 @@ def machine_key(device: torch.device, isa: str) -> str:
 
 
 class TuningCache:
-    """Choices by (machine, problem); thread-safe; the file is read at first use and merged at every write."""
+    """Choices by (machine, problem); thread-safe; the file is read at first use and merged at every write.
+
+    A write adds what this process has measured to what the file has by then, and nothing else: another process's newer
+    measurement stays, and what another process has cleared stays cleared.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = _fork.Lock()
         self._path: Path | None = None
         self._entries: dict[str, dict[str, dict]] = {}
+        self._unsaved: set[tuple[str, str]] = set()
 
-    def _read(self, path: Path) -> dict[str, dict[str, dict]]:
+    @staticmethod
+    def _read(path: Path, quiet: bool = False) -> dict[str, dict[str, dict]]:
         try:
             data = json.loads(path.read_text())
             if data["format"] != _FORMAT or not isinstance(data["machines"], dict):
@@ -72,16 +86,18 @@ class TuningCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            warnings.warn(f"tuning cache {path} is ignored: {type(e).__name__}: {e}", stacklevel=2)
+            if not quiet:
+                warnings.warn(f"tuning cache {path} is ignored: {type(e).__name__}: {e}", stacklevel=2)
             return {}
 
     def _load(self) -> None:
         path = cache_path()
         if path != self._path:
             self._path, self._entries = path, self._read(path)
+            self._unsaved.clear()
 
     def get(self, machine: str, problem: str) -> dict | None:
-        """{"kernel": name, "seconds": {name: median}} or None."""
+        """{"kernel": name, "seconds": {name: best}} or None."""
         with self._lock:
             self._load()
             return self._entries.get(machine, {}).get(problem)
@@ -91,25 +107,64 @@ class TuningCache:
         with self._lock:
             self._load()
             self._entries.setdefault(machine, {})[problem] = {"kernel": kernel, "seconds": seconds}
+            self._unsaved.add((machine, problem))
             # A read-only or full disk must not stop a forward pass.
             with contextlib.suppress(OSError):
-                self._write()
+                self._update(())
 
-    def _write(self) -> None:
-        path = self._path
-        assert path is not None
+    def forget(self, machine: str, problems: Iterable[str]) -> int:
+        """Removes these entries of one machine, on disk too; how many there were.
+
+        Raises:
+            OSError: where the file cannot be written.
+        """
+        with self._lock:
+            self._load()
+            gone = {(machine, problem) for problem in problems}
+            self._unsaved -= gone
+            return self._update(gone)
+
+    def clear(self) -> int:
+        """Forgets everything, on disk too; how many entries there were.
+
+        Raises:
+            OSError: where the file cannot be removed.
+        """
+        with self._lock:
+            self._load()
+            self._unsaved.clear()
+            if not cache_path().exists():
+                self._entries = {}
+                return 0
+            with self._alone(cache_path()):
+                count = sum(map(len, self._read(cache_path(), quiet=True).values()))
+                cache_path().unlink(missing_ok=True)
+            self._entries = {}
+            return count
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _alone(path: Path) -> Iterator[None]:
+        """No other process changes the file meanwhile, where the system has locks."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
-            with contextlib.suppress(ImportError):
+            # Without one (some network file systems) a write is still whole, but may lose another process's entry.
+            with contextlib.suppress(ImportError, OSError):
                 import fcntl
 
-                fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be adding its own entries
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                merged = self._read(path)
-            for machine, entries in self._entries.items():
-                merged.setdefault(machine, {}).update(entries)
-            self._entries = merged
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _update(self, gone: Collection[tuple[str, str]]) -> int:
+        """Brings file and memory together, less `gone`; how many of those there were."""
+        path = self._path
+        assert path is not None
+        with self._alone(path):
+            merged = self._read(path, quiet=True)
+            removed = sum(merged.get(machine, {}).pop(problem, None) is not None for machine, problem in gone)
+            for machine, problem in self._unsaved:
+                merged.setdefault(machine, {})[problem] = self._entries[machine][problem]
+            merged = {machine: entries for machine, entries in merged.items() if entries}
             handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
             try:
                 with os.fdopen(handle, "w") as f:
@@ -119,14 +174,9 @@ class TuningCache:
                 with contextlib.suppress(OSError):
                     os.unlink(aside)
                 raise
-
-    def clear(self) -> None:
-        """Forgets everything, on disk too."""
-        with self._lock:
-            self._load()
-            self._entries = {}
-            with contextlib.suppress(FileNotFoundError):
-                cache_path().unlink()
+        self._entries = merged
+        self._unsaved.clear()
+        return removed
 
 
 shared = TuningCache()

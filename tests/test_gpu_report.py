@@ -16,6 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_report
+import gpu_sm80
+import gpu_sm90
 import measure
 from gpu_report import Failed, NotHere, Report, Section
 
@@ -130,6 +132,7 @@ def test_plan() -> None:
     assert names[0] == "environment"
     # What decides whether the numbers mean anything comes before the numbers.
     assert names.index("bn_act against float64") < names.index("bn_act speed")
+    assert names.index("sm80 convolution against float64") < names.index("sm80 layers, batch 8")
     assert sum("compile" in name for name in names) == 6
     for network in ("r3d_18", "hara_r3d_18", "hara_r3d_50"):
         for dtype in ("bf16", "fp32"):
@@ -205,6 +208,46 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_report.check_bn_act(device="cpu")
 
 
+# ---- gpu_sm80.py ----
+
+
+def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks themselves, with a CPU kernel in the place of the CUDA one."""
+    small = [g for g in gpu_sm80.GEOMETRIES if "c512" not in g]
+    monkeypatch.setattr(gpu_sm80, "GEOMETRIES", (*small[:9], small[0]))
+    monkeypatch.setattr(gpu_sm80, "DTYPES", (torch.float32, torch.bfloat16))
+    assert gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")["cases"] == 20
+    assert gpu_sm80.check_repetitions(gpu_report, 2, device="cpu", kernel="direct") == {"repetitions": 2}
+    assert gpu_sm80.check_pool_and_head(gpu_report, device="cpu") == {"cases": 24}
+    with pytest.raises(NotHere, match="sm80: needs a CUDA tensor, got cpu"):
+        gpu_sm80.check_conv3d(gpu_report, device="cpu")
+
+
+def test_the_sm80_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sm80, "GEOMETRIES", gpu_sm80.GEOMETRIES[:1])
+    real = gpu_sm80.Problem.call
+
+    def swapped(problem: gpu_sm80.Problem, name: str) -> Callable[[], torch.Tensor]:
+        y = real(problem, "stock")()
+        return lambda: y * 1.05 if name == "direct" else y
+
+    monkeypatch.setattr(gpu_sm80.Problem, "call", swapped)
+    with pytest.raises(Failed, match="3 of 3 cases are wrong"):
+        gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")
+
+
+def test_the_sm80_kernel_on_paper() -> None:
+    if not hasattr(torch.ops.r3d_kernels, "conv3d_sm80_choice"):
+        pytest.skip("built without nvcc")
+    for batch in (1, 32):
+        rows = gpu_sm80.on_paper("r3d_18", batch, 108)
+        assert len(rows) > 5
+        assert all(0 < row["share"] < 1 for row in rows)
+        total = sum(row["gflop"] for row in rows)
+        assert max(row["gflop"] for row in rows) > total / len(rows)
+    assert max(row["share"] for row in rows) > 0.8
+
+
 # ---- measure.py ----
 
 
@@ -273,3 +316,68 @@ def test_machine() -> None:
     assert about["threads"] == torch.get_num_threads()
     assert about["versions"]["torch"]
     json.dumps(about)
+
+
+# ---- the Hopper convolution's sections ----
+
+
+def sm90_by_stock(wrong: float = 0.0) -> Callable[..., torch.Tensor]:
+    """The kernel's answer, computed in float64 and rounded once."""
+
+    def ours(w: gpu_sm90.Work, tiles: int = -1, split: int = 0) -> torch.Tensor:
+        return (w.exact[0] * (1 + wrong)).to(w.x.dtype)
+
+    return ours
+
+
+def test_the_hopper_cases_and_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sm90.Work, "ours", sm90_by_stock())
+    monkeypatch.setattr(gpu_sm90, "CORNERS", gpu_sm90.CORNERS[:6])
+    rows = gpu_sm90.check(device="cpu")
+    assert all(row["worst"] <= 1 for row in rows)
+    assert {row["tile"] for row in rows} == {"chosen"} | {"x".join(map(str, t)) for t in gpu_sm90.TILES}
+    # Corners with three different paddings come first.
+    assert len(set(gpu_sm90.ConvProblem.parse(rows[0]["problem"]).padding)) == 3
+    assert set(gpu_sm90.different_bits(2, device="cpu").values()) == {0}
+
+    monkeypatch.setattr(gpu_report, "require_sm90", lambda: None)
+    monkeypatch.setattr(gpu_sm90, "check", lambda: rows)
+    assert gpu_report.check_sm90()["runs"] == len(rows)
+    monkeypatch.setattr(gpu_sm90, "check", lambda: [*rows, {**rows[0], "worst": math.nan}])
+    with pytest.raises(Failed, match="1 of"):
+        gpu_report.check_sm90()
+
+
+def test_a_wrong_hopper_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sm90, "EVERY_TILE", ())
+    monkeypatch.setattr(gpu_sm90, "CORNERS", gpu_sm90.CORNERS[:6])
+    monkeypatch.setattr(gpu_sm90.Work, "ours", sm90_by_stock(wrong=0.02))
+    assert all(row["worst"] > 1 for row in gpu_sm90.check(device="cpu"))
+
+
+def test_the_stock_twin_of_a_hopper_case_is_the_same_layer() -> None:
+    p = gpu_sm90.ConvProblem.parse("n2c24d4h5w6k24f1x3x5p0x2x1+res+relu")
+    w = gpu_sm90.work(p, torch.float32, device="cpu")
+    assert measure.relative_error(w.stock(), w.exact[0]) < 1e-5
+
+
+def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        gpu_sm90, "work", lambda p, dtype, device: seen.append(p) or gpu_sm90.Work(*[None] * 6)
+    )
+    rows = gpu_sm90.speed(lambda calls: {"ours": 1e-3, "stock": 2e-3}, 500.0, "r3d_18", 2)
+    assert len(rows) == len(seen) == 14  # all but the stem
+    row = next(r for r in rows if r["layer"] == "layer1.0.conv1.0")
+    assert row["tflop_per_s"] == round(2 * 11.098e9 / 1e-3 / 1e12, 1)
+    assert row["share_of_matmul"] == pytest.approx(22.2 / 500, abs=1e-3)
+    assert row["ours_is_faster"] == 2.0
+
+
+def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(NotHere, match=r"9\.0"):
+        gpu_report.check_sm90()
+    names = [s.name for s in gpu_report.plan(lambda: 0.0)]
+    assert names.index("conv3d_sm90 against float64") < names.index("conv3d_sm90 speed, r3d_18 batch 32")

@@ -55,6 +55,33 @@ def test_float32(depth: int, stem: str) -> None:
     check(r3d.ResNet3D(11, depth=depth, stem=stem), torch.randn(size))
 
 
+@torch.no_grad()
+def with_real_statistics(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Running statistics of the network's own activations, then moved; gamma and beta off the identity."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
+    for m in norms:
+        m.momentum = None  # a plain average
+    model.train()(x)
+    generator = torch.Generator().manual_seed(4)
+    for m in norms:
+        low, high = (torch.rand((2, 2, m.num_features), generator=generator) - 0.5).unbind()
+        m.running_mean += m.running_var.sqrt() * 0.6 * low[0]
+        m.running_var *= 1 + 0.6 * low[1]
+        m.weight.copy_(1 + high[0])
+        m.bias.copy_(0.6 * high[1])
+    return model.eval()
+
+
+@pytest.mark.parametrize(("depth", "stem"), [(18, "hara"), (50, "seed18"), (101, "torchvision")])
+def test_float32_with_real_statistics(depth: int, stem: str) -> None:
+    model = with_real_statistics(r3d.ResNet3D(11, depth=depth, stem=stem), torch.randn(2, 3, 8, 48, 48))
+    fused = copy.deepcopy(model)
+    fused.fused = True
+    x = torch.randn(1, 3, 8, 48, 48)
+    with torch.inference_mode():
+        assert_keeps_promise(fused(x), model.double()(x.double()), float32_limit=FLOAT32_NETWORK)
+
+
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -68,6 +95,19 @@ def test_backends_and_shortcuts(backend: str, shortcut: str) -> None:
     model = r3d.ResNet3D(7, depth=18, stem="hara", shortcut_type=shortcut, in_channels=1)
     with r3d.backend(backend):
         check(model, torch.randn(1, 1, 9, 37, 33))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "auto"])
+@pytest.mark.parametrize("name", ["r2plus1d_18", "mc3_18"])
+def test_factored_and_mixed(name: str, backend: str) -> None:
+    with r3d.backend(backend):
+        check(r3d.create_model(name, num_classes=9), torch.randn(2, 3, 9, 32, 40))
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_18", "mc3_18"])
+def test_factored_and_mixed_in_bfloat16(name: str) -> None:
+    with r3d.backend("cpu"):
+        check(r3d.create_model(name, num_classes=9), torch.randn(2, 3, 8, 32, 32), torch.bfloat16)
 
 
 def test_real_size() -> None:

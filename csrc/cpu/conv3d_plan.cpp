@@ -15,6 +15,7 @@ int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 }  // namespace
 
 KernelTraits kernel_traits(Isa isa, DType dtype) {
+  if (isa == Isa::kAmx) isa = Isa::kAvx512Bf16;  // packed weights are for the vector unit
   const bool dot = isa == Isa::kAvx512Bf16 && dtype == DType::kBFloat16;
   switch (isa) {
     case Isa::kAvx512:

@@ -6,7 +6,7 @@ namespace r3d::cpu {
 
 const Kernels& kernels(Isa isa) {
 #if R3D_X86
-  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kernels_avx512();
+  if (isa >= Isa::kAvx512) return kernels_avx512();
   if (isa == Isa::kAvx2) return kernels_avx2();
 #endif
   (void)isa;

@@ -2,6 +2,7 @@
 // code.
 #include "kernels.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace r3d::cpu::scalar {
 
@@ -71,7 +72,101 @@ struct V {
 #include "conv3d_kernel.inl"
 #include "lanes.inl"
 #include "pool_kernel.inl"
+#include "tiles_kernel.inl"
 #include "winograd_kernel.inl"
+
+// The tile unit in plain loops: slow, and there so that its kernel can be tested on any processor.
+struct PlainTiles {
+  using V = scalar::V;
+
+  struct File {
+    alignas(64) unsigned char tile[8][16][64];
+  };
+  static File& file() {
+    static thread_local File f;
+    return f;
+  }
+  static void configure() {}
+  static void release() {}
+
+  template <int T>
+  static void zero() {
+    __builtin_memset(file().tile[T], 0, 1024);
+  }
+  template <int T>
+  static void load(const void* from, int64_t stride) {
+    for (int i = 0; i < 16; ++i)
+      __builtin_memcpy(file().tile[T][i], static_cast<const char*>(from) + i * stride, 64);
+  }
+  template <int T>
+  static void store(float* to, int64_t stride) {
+    for (int i = 0; i < 16; ++i)
+      __builtin_memcpy(reinterpret_cast<char*>(to) + i * stride, file().tile[T][i], 64);
+  }
+  // Even and odd products are summed apart and join the accumulator once, as the hardware does.
+  template <int C, int A, int B>
+  static void dot() {
+    uint16_t a[16][32], b[16][32];
+    float c[16][16];
+    __builtin_memcpy(a, file().tile[A], 1024);
+    __builtin_memcpy(b, file().tile[B], 1024);
+    __builtin_memcpy(c, file().tile[C], 1024);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) {
+        float even = 0, odd = 0;
+        for (int k = 0; k < 16; ++k) {
+          even += widen(a[i][2 * k]) * widen(b[k][2 * j]);
+          odd += widen(a[i][2 * k + 1]) * widen(b[k][2 * j + 1]);
+        }
+        c[i][j] += even + odd;
+      }
+    __builtin_memcpy(file().tile[C], c, 1024);
+  }
+
+  static float widen(float v) { return v; }
+  static float widen(uint16_t v) { return V::from_bits(static_cast<uint32_t>(v) << 16); }
+
+  // The last slice holds what is left of the others.
+  template <int SL>
+  static void split_part(V::Reg v, uint16_t* to, int64_t slice, int n) {
+    for (int i = 0; i < n; ++i) {
+      float rest = v[i];
+      for (int s = 0; s < SL; ++s) {
+        const uint16_t h = V::to_bf16(rest);
+        to[s * slice + i] = h;
+        rest -= widen(h);
+      }
+    }
+  }
+  template <int SL>
+  static void split(V::Reg v, uint16_t* to, int64_t slice) {
+    split_part<SL>(v, to, slice, V::kLanes);
+  }
+  template <int SL, bool kExact>
+  static void pairs(const float* even, const float* odd, uint16_t* to, int64_t slice) {
+    for (int i = 0; i < 16; ++i) {
+      split_part<SL>(V::set(even[i]), to + 2 * i, slice, 1);
+      split_part<SL>(V::set(odd[i]), to + 2 * i + 1, slice, 1);
+    }
+  }
+  static void transpose_pairs(const void* from, int64_t stride, int rows, uint16_t* out) {
+    for (int p = 0; p < 16; ++p)
+      for (int i = 0; i < 16; ++i)
+        for (int q = 0; q < 2; ++q)
+          out[p * 32 + 2 * i + q] = i < rows ? static_cast<const uint16_t*>(from)[i * stride + 2 * p + q] : 0;
+  }
+  template <class W>
+  static void columns(const W* from, int64_t stride, int rows, int64_t count, float* out, int64_t next) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int i = 0; i < 16; ++i) out[c * next + i] = i < rows ? widen(from[i * stride + c]) : 0.f;
+  }
+};
 }  // namespace r3d::cpu::scalar
 
 R3D_DEFINE_KERNELS(scalar)
+
+namespace r3d::cpu {
+void conv3d_tiles_plain(const TilesArgs& args, const TilesView& view, const TilesBlock& block) {
+  scalar::run_tiles<scalar::PlainTiles>(args, view, block);
+}
+}  // namespace r3d::cpu

@@ -1,8 +1,8 @@
 """Checkpoints as other projects save them: which layout a file has, the network behind it, and loading it.
 
-Recognised and loaded: 3D-ResNets-PyTorch (2018 and 2020), torchvision's R3D, MONAI, MedicalNet, and the
-state dicts of this package. Recognised and refused by name: R(2+1)D, mixed convolutions, PyTorchVideo,
-MMAction2, the other families of 3D-ResNets-PyTorch, and 2-D networks.
+Recognised and loaded: 3D-ResNets-PyTorch (2018 and 2020), torchvision's R3D, R(2+1)D and mixed networks, MONAI,
+MedicalNet, and the state dicts of this package. Recognised and refused by name: PyTorchVideo, MMAction2, the other
+families of 3D-ResNets-PyTorch (its R(2+1)D among them), and 2-D networks.
 """
 
 from __future__ import annotations
@@ -245,7 +245,6 @@ _REFUSED_NAMES = (
     (r"blocks\.\d+\.(res_blocks\.\d+\.branch2|multipathway)", "PyTorchVideo"),
     (r"(backbone\.)?layer\d\.\d+\.conv\d\.conv\.", "MMAction2"),
     (r"conv1_s\.weight", "R(2+1)D of 3D-ResNets-PyTorch"),
-    (r"(stem\.3|layer1\.0\.conv1\.0\.0)\.weight", "torchvision's R(2+1)D"),
 )
 _REFUSED_ARCHS = (
     ("resnet2p1d", "R(2+1)D of 3D-ResNets-PyTorch"),
@@ -256,7 +255,8 @@ _REFUSED_ARCHS = (
     ("resnext", "ResNeXt of 3D-ResNets-PyTorch"),
     ("densenet", "DenseNet of 3D-ResNets-PyTorch"),
 )
-_BLOCK_CONV = re.compile(r"layer([1-4])\.(\d+)\.conv(\d)(?:\.0)?\.weight")
+# The convolution may be in two halves, 0 and 3 (torchvision's R(2+1)D).
+_BLOCK_CONV = re.compile(r"layer([1-4])\.(\d+)\.conv(\d)(?:\.0(?:\.([03]))?)?\.weight")
 
 #: What MedicalNet has and the weights do not tell.
 MEDICALNET_CONFIG: dict[str, Any] = {
@@ -276,25 +276,45 @@ def _shape(state: Mapping[str, Tensor], name: str, source: str) -> tuple[int, ..
     return tuple(state[name].shape)
 
 
-def _block_shapes(state: Mapping[str, Tensor], source: str) -> list[list[dict[int, tuple[int, ...]]]]:
-    """Layer, block, and number of the convolution to the shape of its weight."""
+def _block_shapes(
+    state: Mapping[str, Tensor], source: str
+) -> tuple[list[list[dict[int, tuple[int, ...]]]], list[bool]]:
+    """Layer, block, and number of the convolution to the shape of its weight; and which layers have factored ones.
+
+    The shape of two halves is that of the one convolution that they stand for.
+    """
     layers: list[dict[int, dict[int, tuple[int, ...]]]] = [{}, {}, {}, {}]
+    factored = [False] * 4
     for name, tensor in state.items():
-        if match := _BLOCK_CONV.fullmatch(name):
-            layer, block, conv = map(int, match.groups())
-            layers[layer - 1].setdefault(block, {})[conv] = tuple(tensor.shape)
+        match = _BLOCK_CONV.fullmatch(name)
+        if match is None:
+            continue
+        layer, block, conv = map(int, match.groups()[:3])
+        shape = tuple(tensor.shape)
+        if match[4] == "3":
+            first = _shape(state, name.removesuffix("3.weight") + "0.weight", source)
+            factored[layer - 1] = True
+            if len(first) != 5 or len(shape) != 5 or (first[2], *shape[3:]) != (1, 1, 1):
+                raise _refuse(source, f"a 3-D ResNet with other kernels (layer{layer}.{block})")
+            shape = (shape[0], first[1], shape[2], *first[3:])
+        elif match[4] == "0":
+            continue  # with its other half
+        layers[layer - 1].setdefault(block, {})[conv] = shape
     for i, blocks in enumerate(layers):
         if sorted(blocks) != list(range(len(blocks))) or not blocks:
             raise ValueError(f"{source}: looks like a 3-D ResNet, but blocks of layer{i + 1} are missing")
-    return [[blocks[j] for j in range(len(blocks))] for blocks in layers]
+    return [[blocks[j] for j in range(len(blocks))] for blocks in layers], factored
 
 
 def _refuse_other_blocks(
     state: Mapping[str, Tensor], layers: list[list[dict[int, tuple[int, ...]]]], naming: str, source: str
 ) -> None:
     """Raises for blocks that share the names and are something else."""
-    expected = {2: [(3, 3, 3)] * 2, 3: [(1, 1, 1), (3, 3, 3), (1, 1, 1)]}
     for i, blocks in enumerate(layers):
+        # torchvision's mixed networks have (1, 3, 3) in whole layers
+        flat = naming == "torchvision" and blocks[0].get(2, ())[2:] == (1, 3, 3)
+        k = (1, 3, 3) if flat else (3, 3, 3)
+        expected = {2: [k, k], 3: [(1, 1, 1), k, (1, 1, 1)]}
         for j, convs in enumerate(blocks):
             block = f"layer{i + 1}.{j}"
             if sorted(convs) not in ([1, 2], [1, 2, 3]) or len(convs) != len(layers[0][0]):
@@ -306,10 +326,6 @@ def _refuse_other_blocks(
                 raise _refuse(source, "a 2-D ResNet")
             kernels = [shape[2:] for shape in shapes]
             if kernels != expected[len(convs)]:
-                if any(kernel == (1, 3, 3) for kernel in kernels):
-                    raise _refuse(
-                        source, "a network of mixed 2-D and 3-D convolutions (torchvision's mc3 or rmc3)"
-                    )
                 raise _refuse(source, f"a 3-D ResNet with other kernels ({block}: {kernels})")
             if len(convs) == 3 and convs[2][1] != convs[1][0]:
                 raise _refuse(source, "ResNeXt of 3D-ResNets-PyTorch")
@@ -325,7 +341,7 @@ def _infer_config(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     stem_shape = _shape(state, "stem.0.weight" if naming == "torchvision" else "conv1.weight", source)
     if len(stem_shape) != 5:
         raise _refuse(source, "a 2-D ResNet")
-    layers = _block_shapes(state, source)
+    layers, factored = _block_shapes(state, source)
     _refuse_other_blocks(state, layers, naming, source)
 
     counts = tuple(len(blocks) for blocks in layers)
@@ -339,14 +355,25 @@ def _infer_config(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
 
     # layer4 has the finest grain: the others follow from it exactly.
     widen_factor = layers[3][0][1][0] / 512
+    midplanes = None
+    if naming == "torchvision" and "stem.3.weight" in state:
+        last = _shape(state, "stem.3.weight", source)
+        if len(last) != 5 or (stem_shape[2], *last[3:]) != (1, 1, 1):
+            raise _refuse(source, "a 3-D ResNet with another stem")
+        midplanes = math.ceil(stem_shape[0] / widen_factor)
+        stem_shape = (last[0], stem_shape[1], last[2], *stem_shape[3:])
     channels = math.ceil(stem_shape[0] / widen_factor)
-    stem = replace(STEMS[naming], kernel=stem_shape[2:], padding=None, channels=channels)
+    stem = replace(STEMS[naming], kernel=stem_shape[2:], padding=None, channels=channels, midplanes=midplanes)
+    flat = [blocks[0][2][2] == 1 for blocks in layers]
     return {
         "depth": depth,
         "stem": stem,
         "shortcut_type": "B" if any(".downsample.0.weight" in k for k in state) else "A",
         "in_channels": stem_shape[1],
         "widen_factor": widen_factor,
+        "convolutions": tuple(
+            "2+1d" if two else "2d" if one else "3d" for two, one in zip(factored, flat, strict=True)
+        ),
     }
 
 

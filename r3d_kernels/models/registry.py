@@ -1,6 +1,7 @@
 """Networks by name.
 
 * ``r3d_{depth}``: torchvision's network (Tran et al., CVPR 2018), 400 classes; it has depth 18 itself.
+* ``r2plus1d_18``, ``mc3_18``: torchvision's other two, factored and mixed convolutions (the same paper).
 * ``hara_r3d_{depth}``: the network of 3D-ResNets-PyTorch (Hara et al., CVPR 2018), 400 classes.
 * ``seed_r3d_{depth}``: the simplified stem, 1000 classes.
 * ``medicalnet_r3d_{depth}``: MedicalNet's encoder (Chen, Ma, Zheng: "Med3D", 2019), one channel, no head.
@@ -38,6 +39,14 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     for family, (preset, config) in _FAMILIES.items()
     for depth in DEPTHS
 }
+_MODELS["r2plus1d_18"] = (
+    "torchvision",
+    {"stem": "r2plus1d", "convolutions": "2+1d", "num_classes": 400, "depth": 18},
+)
+_MODELS["mc3_18"] = (
+    "torchvision",
+    {"stem": "torchvision", "convolutions": ("3d", "2d", "2d", "2d"), "num_classes": 400, "depth": 18},
+)
 for _depth in (18, 34):  # MedicalNet trained these two with shortcut A, the others with B
     _MODELS[f"medicalnet_r3d_{_depth}"][1]["shortcut_type"] = "A"
 

@@ -4,7 +4,7 @@ The networks are those of
 
 * Hara, Kataoka, Satoh: "Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and ImageNet?", CVPR 2018;
 * Tran, Wang, Torresani, Ray, LeCun, Paluri: "A Closer Look at Spatiotemporal Convolutions for Action
-  Recognition", CVPR 2018 (R3D, the network that torchvision ships).
+  Recognition", CVPR 2018 (R3D, R(2+1)D and MC3, the networks that torchvision ships).
 
 Every parameter keeps the name it has there, so that checkpoints load as they are: a stem with
 ``naming="torchvision"`` gives torchvision's names, every other gives Hara's.
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r3d_kernels.graphs import GraphedModel
 from r3d_kernels.nn import avg_pool_linear, conv_bn_act, max_pool3d
 
 __all__ = [
@@ -40,6 +41,7 @@ Triple = tuple[int, int, int]
 
 _NAMINGS = ("hara", "torchvision")
 _SHORTCUTS = ("A", "B")
+_CONVOLUTIONS = ("3d", "2d", "2+1d")
 
 
 # --- arguments --------------------------------------------------------------------------------------------
@@ -110,6 +112,9 @@ class Stem:
         pool: a :class:`Pool` (or its fields as a dict), or ``None`` for no max-pool.
         naming: whose parameter names the whole network has, ``"hara"`` or ``"torchvision"``.
         channels: output channels, before ``widen_factor``.
+        midplanes: channels between the halves of a factored stem, before ``widen_factor``: a (1, height, width)
+            convolution with its batch norm, then a (depth, 1, 1) one, each with its part of kernel, stride and
+            padding. ``None`` is one convolution. Only with torchvision's names.
 
     Raises:
         TypeError, ValueError: for a field that is no integer, or out of range.
@@ -121,6 +126,7 @@ class Stem:
     pool: Pool | None = None
     naming: str = "hara"
     channels: int = 64
+    midplanes: int | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -134,13 +140,20 @@ class Stem:
             raise TypeError(f"stem.pool: expected a Pool, a dict or None, got {self.pool!r}")
         _one_of("stem.naming", self.naming, _NAMINGS)
         _integer("stem.channels", self.channels, 1)
+        if self.midplanes is not None:
+            _integer("stem.midplanes", self.midplanes, 1)
+            if self.naming != "torchvision":
+                raise ValueError(
+                    f"stem.midplanes: expected None with naming={self.naming!r}, got {self.midplanes}"
+                )
 
 
-#: The stems that have a name: Hara's network, the simplified R3D-18, torchvision's R3D.
+#: The stems that have a name: Hara's network, the simplified R3D-18, torchvision's R3D and R(2+1)D.
 STEMS: dict[str, Stem] = {
     "hara": Stem((7, 7, 7), (1, 2, 2), pool=Pool(3, 2, 1)),
     "seed18": Stem((7, 7, 7), (2, 2, 2), pool=Pool((1, 3, 3), (1, 2, 2), (0, 1, 1))),
     "torchvision": Stem((3, 7, 7), (1, 2, 2), naming="torchvision"),
+    "r2plus1d": Stem((3, 7, 7), (1, 2, 2), naming="torchvision", midplanes=45),
 }
 
 
@@ -189,6 +202,91 @@ def conv3x3x3(
     )
 
 
+class Conv2Plus1D(nn.Sequential):
+    """A convolution in two halves: over height and width, batch norm, ReLU, then over depth (Tran et al.).
+
+    Args:
+        in_channels, out_channels: as of the one convolution that it stands for.
+        midplanes: channels between the halves.
+        kernel, stride, padding, dilation: (depth, height, width); each half has its part.
+
+    Shape: as ``nn.Conv3d`` with these arguments. Its modules are 0 to 3, as torchvision names them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        midplanes: int,
+        kernel: Triple,
+        stride: Triple,
+        padding: Triple,
+        dilation: Triple = (1, 1, 1),
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+
+        def half(c: int, k: int, axes: slice) -> nn.Conv3d:
+            values = [[neutral] * 3 for neutral in (1, 1, 0, 1)]
+            for part, whole in zip(values, (kernel, stride, padding, dilation), strict=True):
+                part[axes] = whole[axes]
+            return nn.Conv3d(c, k, *map(tuple, values), bias=False, **factory)
+
+        super().__init__(
+            half(in_channels, midplanes, slice(1, 3)),
+            nn.BatchNorm3d(midplanes, **factory),
+            nn.ReLU(inplace=True),
+            half(midplanes, out_channels, slice(0, 1)),
+        )
+        self.out_channels = out_channels
+
+    @property
+    def weight(self) -> Tensor:
+        """The last half's, for whoever asks for the dtype or the device."""
+        return self[3].weight
+
+
+def _spatial(stride: int, convolution: str) -> Triple:
+    """A stride as it is on each axis: "2d" leaves the frames alone."""
+    return (1 if convolution == "2d" else stride, stride, stride)
+
+
+def _block_conv(
+    convolution: str,
+    in_planes: int,
+    out_planes: int,
+    midplanes: int,
+    stride: int,
+    dilation: int,
+    **factory: Any,
+) -> nn.Conv3d | Conv2Plus1D:
+    """The convolution of a block: 3x3x3, (1, 3, 3) or both halves of 3x3x3."""
+    if convolution == "3d":
+        return conv3x3x3(in_planes, out_planes, stride, dilation=dilation, **factory)
+    if convolution == "2d":
+        return nn.Conv3d(
+            in_planes,
+            out_planes,
+            (1, 3, 3),
+            _spatial(stride, "2d"),
+            (0, dilation, dilation),
+            (1, dilation, dilation),
+            bias=False,
+            **factory,
+        )
+    dilations = (dilation,) * 3
+    return Conv2Plus1D(
+        in_planes, out_planes, midplanes, (3,) * 3, (stride,) * 3, dilations, dilations, **factory
+    )
+
+
+def _midplanes(in_planes: int, planes: int) -> int:
+    """Channels that give the two halves as many weights as one 3x3x3 convolution has."""
+    return in_planes * planes * 27 // (in_planes * 9 + planes * 3)
+
+
 class ShortcutA(nn.Module):
     """The shortcut without parameters: every `stride`-th voxel, and channels of zeros up to `out_channels`.
 
@@ -197,7 +295,7 @@ class ShortcutA(nn.Module):
 
     Args:
         in_channels, out_channels: channels that come in and go out; it cannot drop channels.
-        stride: an int for all axes.
+        stride: an int for all axes or (depth, height, width).
 
     Shape: ``[N, in_channels, D, H, W]`` to ``[N, out_channels, ceil(D/s), ceil(H/s), ceil(W/s)]``, any dtype.
 
@@ -205,7 +303,7 @@ class ShortcutA(nn.Module):
         ValueError: with fewer channels out than in.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int | Triple = 1) -> None:
         super().__init__()
         if out_channels < in_channels:
             raise ValueError(
@@ -213,18 +311,25 @@ class ShortcutA(nn.Module):
             )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.stride = _integer("stride", stride, 1)
+        self.stride = _triple("stride", stride, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        s = self.stride
-        if s != 1:
-            x = x[:, :, ::s, ::s, ::s]
+        d, h, w = self.stride
+        if self.stride != (1, 1, 1):
+            x = x[:, :, ::d, ::h, ::w]
         added = self.out_channels - self.in_channels
         # The pads go from the last axis to the first: W, H, D, then C.
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, added)) if added else x
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
+
+
+def _halves(conv: nn.Conv3d | Conv2Plus1D, bn: nn.BatchNorm3d) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
+    """A pair as it is, or a factored convolution as the two pairs that it consists of."""
+    if isinstance(conv, Conv2Plus1D):
+        return [(conv[0], conv[1]), (conv[3], bn)]
+    return [(conv, bn)]
 
 
 class _Block(nn.Module):
@@ -235,13 +340,16 @@ class _Block(nn.Module):
 
     downsample: nn.Module | Callable[[Tensor], Tensor] | None
 
-    def __init__(self, stride: int, naming: str) -> None:
+    def __init__(self, stride: int, naming: str, convolution: str) -> None:
         super().__init__()
         self.stride = stride
         self.naming = _one_of("naming", naming, _NAMINGS)
+        self.convolution = _one_of("convolution", convolution, _CONVOLUTIONS)
+        if convolution == "2+1d" and naming != "torchvision":
+            raise ValueError(f"convolution: '2+1d' needs torchvision's names, got naming={naming!r}")
         self.fused = False
 
-    def _add(self, index: int, conv: nn.Conv3d) -> None:
+    def _add(self, index: int, conv: nn.Conv3d | Conv2Plus1D) -> None:
         """Registers convolution `index` (from 1) and its batch norm under the names of the naming scheme."""
         bn = nn.BatchNorm3d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
         if self.naming == "hara":
@@ -251,12 +359,19 @@ class _Block(nn.Module):
             relu = [] if index == self.n_convs else [nn.ReLU(inplace=True)]
             setattr(self, f"conv{index}", nn.Sequential(conv, bn, *relu))
 
-    def pair(self, index: int) -> tuple[nn.Conv3d, nn.BatchNorm3d]:
+    def pair(self, index: int) -> tuple[nn.Conv3d | Conv2Plus1D, nn.BatchNorm3d]:
         """Convolution `index` (from 1) and the batch norm behind it."""
         conv = getattr(self, f"conv{index}")
         if isinstance(conv, nn.Sequential):
             return conv[0], conv[1]
         return conv, getattr(self, f"bn{index}")
+
+    def _steps(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
+        """Every convolution with its batch norm, in the order in which they run."""
+        steps: list[tuple[nn.Conv3d, nn.BatchNorm3d]] = []
+        for index in range(1, self.n_convs + 1):
+            steps += _halves(*self.pair(index))
+        return steps
 
     def _shortcut(self, x: Tensor) -> Tensor:
         down = self.downsample
@@ -270,11 +385,12 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        for index in range(1, self.n_convs):
-            y = conv_bn_act(y, *self.pair(index), fused=self.fused)
+        *first, last = self._steps()
+        for step in first:
+            y = conv_bn_act(y, *step, fused=self.fused)
         # The shortcut comes late, so that its result does not live through the whole block.
         residual = self._shortcut(x)
-        return conv_bn_act(y, *self.pair(self.n_convs), residual=residual, fused=self.fused)
+        return conv_bn_act(y, *last, residual=residual, fused=self.fused)
 
 
 class BasicBlock(_Block):
@@ -287,6 +403,8 @@ class BasicBlock(_Block):
         downsample: a module or function for the shortcut, ``None`` for the identity.
         dilation: dilation of both convolutions.
         naming: ``"hara"`` (``conv1``, ``bn1``, ...) or ``"torchvision"`` (``conv1.0``, ``conv1.1``, ...).
+        convolution: ``"3d"``, ``"2d"`` ((1, 3, 3), no stride along the frames) or ``"2+1d"`` ((1, 3, 3) and (3, 1, 1);
+            torchvision's names only) in place of both.
 
     Shape: ``[N, inplanes, D, H, W]`` to ``[N, planes, ceil(D/s), ceil(H/s), ceil(W/s)]``; float32, float64,
     bfloat16, float16. ``fused`` is an attribute, False at first.
@@ -306,13 +424,15 @@ class BasicBlock(_Block):
         *,
         dilation: int = 1,
         naming: str = "hara",
+        convolution: str = "3d",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(stride, naming)
+        super().__init__(stride, naming, convolution)
         kwargs = {"dilation": dilation, "device": device, "dtype": dtype}
-        self._add(1, conv3x3x3(inplanes, planes, stride, **kwargs))
-        self._add(2, conv3x3x3(planes, planes, **kwargs))
+        middle = _midplanes(inplanes, planes)  # of both, as torchvision has it
+        self._add(1, _block_conv(convolution, inplanes, planes, middle, stride, **kwargs))
+        self._add(2, _block_conv(convolution, planes, planes, middle, 1, **kwargs))
         self.downsample = downsample
 
 
@@ -326,6 +446,8 @@ class Bottleneck(_Block):
         downsample: a module or function for the shortcut, ``None`` for the identity.
         dilation: dilation of the 3x3x3 convolution.
         naming: ``"hara"`` (``conv1``, ``bn1``, ...) or ``"torchvision"`` (``conv1.0``, ``conv1.1``, ...).
+        convolution: ``"3d"``, ``"2d"`` ((1, 3, 3), no stride along the frames) or ``"2+1d"`` ((1, 3, 3) and (3, 1, 1);
+            torchvision's names only) in the middle.
 
     Shape: ``[N, inplanes, D, H, W]`` to ``[N, 4 * planes, ceil(D/s), ceil(H/s), ceil(W/s)]``; float32,
     float64, bfloat16, float16. ``fused`` is an attribute, False at first.
@@ -345,14 +467,16 @@ class Bottleneck(_Block):
         *,
         dilation: int = 1,
         naming: str = "hara",
+        convolution: str = "3d",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(stride, naming)
+        super().__init__(stride, naming, convolution)
         kwargs = {"device": device, "dtype": dtype}
+        middle = _midplanes(inplanes, planes)
         out_planes = planes * self.expansion
         self._add(1, nn.Conv3d(inplanes, planes, kernel_size=1, bias=False, **kwargs))
-        self._add(2, conv3x3x3(planes, planes, stride, dilation=dilation, **kwargs))
+        self._add(2, _block_conv(convolution, planes, planes, middle, stride, dilation, **kwargs))
         self._add(3, nn.Conv3d(planes, out_planes, kernel_size=1, bias=False, **kwargs))
         self.downsample = downsample
 
@@ -370,6 +494,17 @@ DEPTHS: dict[int, tuple[type[_Block], tuple[int, int, int, int]]] = {
 
 
 # --- networks ---------------------------------------------------------------------------------------------
+
+
+def _convolutions(value: Any, naming: str) -> tuple[str, ...]:
+    """`value` as one name for each of the four layers."""
+    names = (value,) * 4 if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or len(names) != 4 or any(n not in _CONVOLUTIONS for n in names):
+        known = ", ".join(map(repr, _CONVOLUTIONS))
+        raise ValueError(f"convolutions: expected one of {known}, or four of them, got {value!r}")
+    if "2+1d" in names and naming != "torchvision":
+        raise ValueError("convolutions: '2+1d' needs a stem with torchvision's names")
+    return tuple(names)
 
 
 def _write_metadata(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
@@ -402,6 +537,7 @@ class _ResNet(nn.Module):
         widen_factor: float = 1.0,
         layer_strides: Sequence[int] = (1, 2, 2, 2),
         layer_dilations: Sequence[int] = (1, 1, 1, 1),
+        convolutions: str | Sequence[str] = "3d",
         zero_init_residual: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -413,6 +549,7 @@ class _ResNet(nn.Module):
         layers = _integers("layers", layers, 4, 1)
         layer_strides = _integers("layer_strides", layer_strides, 4, 1)
         layer_dilations = _integers("layer_dilations", layer_dilations, 4, 1)
+        convolutions = _convolutions(convolutions, stem.naming)
         if isinstance(widen_factor, bool) or not isinstance(widen_factor, (int, float)):
             raise TypeError(f"widen_factor: expected a number, got {widen_factor!r}")
         planes = [int(p * widen_factor) for p in (64, 128, 256, 512)]
@@ -424,15 +561,20 @@ class _ResNet(nn.Module):
         self._stem_spec = stem
         self._layer_strides = layer_strides
         self._layer_dilations = layer_dilations
+        self._convolutions = convolutions
         self.in_channels = in_channels
         self.shortcut_type = shortcut_type
 
-        conv = nn.Conv3d(
-            in_channels, stem_channels, stem.kernel, stem.stride, stem.padding, bias=False, **factory
-        )
+        geometry = (stem.kernel, stem.stride, stem.padding)
+        if stem.midplanes is None:
+            conv = nn.Conv3d(in_channels, stem_channels, *geometry, bias=False, **factory)
+        else:
+            middle = max(1, int(stem.midplanes * widen_factor))
+            conv = Conv2Plus1D(in_channels, stem_channels, middle, *geometry, **factory)
         bn = nn.BatchNorm3d(stem_channels, **factory)
         if stem.naming == "torchvision":
-            self.stem = nn.Sequential(conv, bn, nn.ReLU(inplace=True))
+            first = [conv] if stem.midplanes is None else list(conv)  # torchvision has them side by side
+            self.stem = nn.Sequential(*first, bn, nn.ReLU(inplace=True))
         else:
             self.conv1 = conv
             self.bn1 = bn
@@ -445,9 +587,10 @@ class _ResNet(nn.Module):
             for j in range(layers[i]):
                 stride = layer_strides[i] if j == 0 else 1
                 out = planes[i] * block.expansion
-                down = self._make_downsample(channels, out, stride, factory)
+                down = self._make_downsample(channels, out, _spatial(stride, convolutions[i]), factory)
                 if issubclass(block, _Block):
                     extra = {"dilation": layer_dilations[i], "naming": stem.naming, **factory}
+                    extra["convolution"] = convolutions[i]
                 else:  # a block of the user's own: the 2018 constructor and nothing else
                     extra = {}
                 blocks.append(block(channels, planes[i], stride, down, **extra))
@@ -462,8 +605,8 @@ class _ResNet(nn.Module):
         self.fused = fused
         self.register_state_dict_post_hook(_write_metadata)
 
-    def _make_downsample(self, channels: int, out: int, stride: int, factory: dict) -> nn.Module | None:
-        if stride == 1 and channels == out:
+    def _make_downsample(self, channels: int, out: int, stride: Triple, factory: dict) -> nn.Module | None:
+        if stride == (1, 1, 1) and channels == out:
             return None
         if self.shortcut_type == "A":
             return ShortcutA(channels, out, stride)
@@ -509,10 +652,11 @@ class _ResNet(nn.Module):
             "layer_dilations": self._layer_dilations,
         }
 
-    def _stem_pair(self) -> tuple[nn.Conv3d, nn.BatchNorm3d]:
+    def _stem_pairs(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
+        """The stem's convolution with its batch norm, or those of both halves."""
         if self._stem_spec.naming == "torchvision":
-            return self.stem[0], self.stem[1]
-        return self.conv1, self.bn1
+            return [(self.stem[i], self.stem[i + 1]) for i in range(0, len(self.stem), 3)]
+        return [(self.conv1, self.bn1)]
 
     def _map_sizes(self, size: Sequence[int]) -> list[tuple[int, ...]]:
         """[D, H, W] of the clip to that of the map behind the stem, the max-pool and each layer."""
@@ -520,7 +664,9 @@ class _ResNet(nn.Module):
         windows = [(stem.kernel, stem.stride, stem.padding)]
         if stem.pool is not None:
             windows.append((stem.pool.kernel, stem.pool.stride, stem.pool.padding))
-        windows += [((3,) * 3, (s,) * 3, (1,) * 3) for s in self._layer_strides]
+        for s, convolution in zip(self._layer_strides, self._convolutions, strict=True):
+            frames = (1, 0) if convolution == "2d" else (3, 1)
+            windows.append(((frames[0], 3, 3), _spatial(s, convolution), (frames[1], 1, 1)))
         sizes = [tuple(size)]
         for window in windows:
             sizes.append(tuple(map(_window_count, sizes[-1], *window)))
@@ -551,7 +697,7 @@ class _ResNet(nn.Module):
             )
         self._check_pool(size, sizes[-1])
 
-        weight = self._stem_pair()[0].weight
+        weight = self._stem_pairs()[0][0].weight
         if x.dtype != weight.dtype and not (
             x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
         ):
@@ -568,7 +714,8 @@ class _ResNet(nn.Module):
         if self.fused and not self.training:
             # Once, here: every layer behind keeps the format.
             x = x.contiguous(memory_format=torch.channels_last_3d)
-        x = conv_bn_act(x, *self._stem_pair(), fused=self.fused)
+        for pair in self._stem_pairs():
+            x = conv_bn_act(x, *pair, fused=self.fused)
         return x if self.maxpool is None else max_pool3d(x, self.maxpool, fused=self.fused)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
@@ -634,6 +781,18 @@ class _ResNet(nn.Module):
         """
         return self.forward_head(self.forward_features(x))
 
+    def graphed(self, example: Tensor, *, max_shapes: int = 4) -> GraphedModel:
+        """The forward pass as a callable that replays one CUDA graph for each input shape.
+
+        Args:
+            example: a clip on the network's CUDA device; its shape is captured at once, others when they come.
+            max_shapes: graphs kept, those used last.
+
+        Raises:
+            TypeError, ValueError: as :class:`r3d_kernels.graphs.GraphedModel`: a CPU example, training mode.
+        """
+        return GraphedModel(self, example, max_shapes=max_shapes)
+
     def extra_repr(self) -> str:
         return f"shortcut_type={self.shortcut_type!r}, fused={self.fused}"
 
@@ -646,7 +805,8 @@ class ResNet3D(_ResNet):
         depth: 10, 18 or 34 (basic blocks), 50, 101, 152 or 200 (bottlenecks).
         stem: ``"hara"`` (7x7x7, stride 1, 2, 2, max-pool 3/2/1: Hara et al.), ``"seed18"`` (7x7x7, stride 2,
             max-pool (1, 3, 3) with stride (1, 2, 2): the simplified R3D-18), ``"torchvision"`` ((3, 7, 7),
-            stride 1, 2, 2, no max-pool: Tran et al.), or a :class:`Stem`, or its fields as a dict.
+            stride 1, 2, 2, no max-pool: Tran et al.), ``"r2plus1d"`` (the same in two halves), or a :class:`Stem`, or
+            its fields as a dict.
         shortcut_type: ``"B"`` (1x1x1 convolution and batch norm) or ``"A"`` (no parameters, see
             :class:`ShortcutA`).
         in_channels: channels of the clip.
@@ -655,6 +815,9 @@ class ResNet3D(_ResNet):
         zero_init_residual: start the last batch norm of every block at 0, so that a block starts as identity.
         layer_strides, layer_dilations: of layer1 to layer4. MedicalNet (Chen, Ma, Zheng: "Med3D", 2019) has
             ``(1, 2, 1, 1)`` and ``(1, 1, 2, 4)``.
+        convolutions: of layer1 to layer4, or one for all: ``"3d"`` (3x3x3), ``"2d"`` ((1, 3, 3), and no stride along
+            the frames) or ``"2+1d"`` ((1, 3, 3) and (3, 1, 1); torchvision's names only). torchvision's mixed network
+            has ``("3d", "2d", "2d", "2d")``.
         device, dtype: of the parameters, as in ``torch.nn``.
 
     Shape: ``[N, in_channels, D, H, W]`` to ``[N, num_classes]``; float32, float64, bfloat16, float16.
@@ -665,7 +828,7 @@ class ResNet3D(_ResNet):
     Raises:
         TypeError, ValueError: for an argument of the wrong type or out of range, naming it.
 
-    Source: Hara et al., CVPR 2018 (depths, shortcuts); Tran et al., CVPR 2018 (R3D).
+    Source: Hara et al., CVPR 2018 (depths, shortcuts); Tran et al., CVPR 2018 (R3D, R(2+1)D, MC3).
     """
 
     def __init__(
@@ -681,6 +844,7 @@ class ResNet3D(_ResNet):
         zero_init_residual: bool = False,
         layer_strides: Sequence[int] = (1, 2, 2, 2),
         layer_dilations: Sequence[int] = (1, 1, 1, 1),
+        convolutions: str | Sequence[str] = "3d",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -698,6 +862,7 @@ class ResNet3D(_ResNet):
             widen_factor=widen_factor,
             layer_strides=layer_strides,
             layer_dilations=layer_dilations,
+            convolutions=convolutions,
             zero_init_residual=zero_init_residual,
             device=device,
             dtype=dtype,

@@ -1,8 +1,19 @@
 """The fused operations in functional form."""
 
-from r3d_kernels.ops.conv3d import conv3d_bn_act, conv3d_pack, conv3d_packed
+from r3d_kernels.ops import conv3d_sm90  # noqa: F401 - registers its fake
+from r3d_kernels.ops.conv3d import conv3d_bn_act, conv3d_pack, conv3d_packed, conv3d_tiles
+from r3d_kernels.ops.conv3d_sm80 import clip_channels_last
 from r3d_kernels.ops.head import avg_pool_linear
 from r3d_kernels.ops.norm import bn_act
 from r3d_kernels.ops.pool import max_pool3d
 
-__all__ = ["avg_pool_linear", "bn_act", "conv3d_bn_act", "conv3d_pack", "conv3d_packed", "max_pool3d"]
+__all__ = [
+    "avg_pool_linear",
+    "bn_act",
+    "clip_channels_last",
+    "conv3d_bn_act",
+    "conv3d_pack",
+    "conv3d_packed",
+    "conv3d_tiles",
+    "max_pool3d",
+]

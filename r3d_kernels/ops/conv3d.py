@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
 
-__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed"]
+__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed", "conv3d_tiles"]
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 
@@ -194,7 +195,96 @@ def conv3d_packed(
     )
 
 
+def conv3d_tiles(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str | None = "relu",
+    slices: int | None = None,
+    tile: Sequence[int] = (1, 1, 1),
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` on matrix tiles of bfloat16 products; nothing is packed.
+
+    float32 operands are split into bfloat16 slices whose products are exact in float32 (Henry, Tang, Heinecke, ARITH
+    2019). Runs on AMX; with R3D_KERNELS_ISA below "amx", and on processors without it, in plain loops that are only
+    meant for tests.
+
+    Args:
+        x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise).
+        bias: float32 [K].
+        scale: float32 [K], applied to the float32 sums, or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        slices: of every float32 operand: 3 (six products, error of float32), 2 (three products, about 4e-6) or 1
+            (bfloat16 products); 3 by default. 1 for bfloat16.
+        tile: outputs of a Winograd tile along depth, height and width: [1, 1, 1], [2, 1, 1], [4, 1, 1], [1, 2, 1],
+            [1, 4, 1], [2, 2, 1] or [4, 2, 1]. Axes with more than one need a kernel of 3, stride 1 and dilation 1.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_tiles(
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.triple(dilation, "dilation"),
+        _check.activation(activation),
+        slices if slices is not None else 1 if x.dtype == torch.bfloat16 else 3,
+        list(tile),
+    )
+
+
+def _empty_output(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = [
+        (i + 2 * p - d * (f - 1) - 1) // s + 1
+        for i, f, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    ]
+    return torch.empty(
+        (x.shape[0], out_channels, *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last_3d,
+    )
+
+
 if _extension.error is None:
+
+    @torch.library.register_fake("r3d_kernels::conv3d_tiles")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str,
+        slices: int,
+        tile: Sequence[int],
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
     def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, algorithm: str = "direct") -> Tensor:
@@ -216,18 +306,13 @@ if _extension.error is None:
         activation: str,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        size = [
-            (i + 2 * p - d * (f - 1) - 1) // s + 1
-            for i, f, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-        ]
-        return torch.empty(
-            (x.shape[0], out_channels, *size),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last_3d,
-        )
+        return _empty_output(x, out_channels, kernel_size, stride, padding, dilation)
 
     from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.r3d_kernels.conv3d_tiles)
+    def _flops_of_tiles(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
     @register_flop_formula(torch.ops.r3d_kernels.conv3d_bias_act)
     def _flops(x, packed, bias, residual, k, kernel, *args, out_shape=None, **kwargs) -> int:

@@ -20,7 +20,7 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias: [classes], dtype of x, or None.
 
     Returns:
-        [N, classes] of x's dtype. bfloat16 is averaged and multiplied in float32 and rounded once.
+        [N, classes] of x's dtype. bfloat16 and float16 are averaged and multiplied in float32 and rounded once.
 
     Raises:
         TypeError, ValueError: for wrong arguments, by name.
@@ -36,13 +36,7 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if bias is not None:
         _check.vector(bias, "bias", weight.shape[0], x.device)
         _check.same_dtype(bias, "bias", x.dtype)
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in (torch.float32, torch.bfloat16)
-        or _extension.error is not None
-        or not is_plain(x, weight, bias)
-        or needs_gradient(x, weight, bias)
-    ):
+    if not is_plain(x, weight, bias) or not _extension.takes(x) or needs_gradient(x, weight, bias):
         return reference.avg_pool_linear(x, weight, bias)
     return torch.ops.r3d_kernels.avg_pool_linear(x, weight, bias)
 

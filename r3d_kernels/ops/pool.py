@@ -27,7 +27,8 @@ def max_pool3d(
             padding at most half of kernel_size.
 
     Returns:
-        [N, C, D', H', W'], channels_last_3d where our kernel ran (float32 and bfloat16 on a CPU, no gradient needed).
+        [N, C, D', H', W'], channels_last_3d where our kernel ran (float32 and bfloat16, on a GPU float16 too,
+            no gradient needed).
 
     Raises:
         TypeError, ValueError: for wrong arguments, by name.
@@ -48,13 +49,7 @@ def max_pool3d(
             f"kernel_size: the window {list(kernel)} does not fit into input {list(x.shape[2:])} "
             f"with padding {list(pads)}"
         )
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in (torch.float32, torch.bfloat16)
-        or _extension.error is not None
-        or not is_plain(x)
-        or needs_gradient(x)
-    ):
+    if not is_plain(x) or not _extension.takes(x) or needs_gradient(x):
         return reference.max_pool3d(x, kernel, steps, pads)
     return torch.ops.r3d_kernels.max_pool3d(x, kernel, steps, pads)
 

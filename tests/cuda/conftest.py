@@ -43,3 +43,58 @@ def emu(request, emulated):
     emulated.configure(schedule, seed)
     yield emulated
     emulated.configure(0)
+
+
+@pytest.fixture(scope="session")
+def emulated80(tmp_path_factory):
+    """The kernels for compute capability 8.0 and later, pool and head."""
+    if not have_compiler():
+        pytest.skip("the emulated kernels need a C++ compiler")
+    from torch.utils.cpp_extension import load
+
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    module = load(
+        "r3d_emulated_sm80",
+        [str(HERE / "emulated_sm80.cpp")],
+        extra_cflags=["-O2", "-g0", "-DR3D_EMU", "-Wno-unknown-pragmas"],
+        build_directory=str(tmp_path_factory.mktemp("emulated_sm80")),
+    )
+    module.configure()
+    return module
+
+
+# schedule, seed, cp.async lands late
+TIMINGS = [
+    (schedule, seed, late) for schedule, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (False, True)
+]
+
+
+@pytest.fixture(scope="session")
+def timings():
+    return TIMINGS
+
+
+@pytest.fixture(
+    params=TIMINGS,
+    ids=lambda t: f"{['lockstep', 'reversed', 'ahead'][t[0]]}-{t[1]}-{'late' if t[2] else 'early'}",
+)
+def emu80(request, emulated80):
+    emulated80.configure(*request.param)
+    yield emulated80
+    emulated80.configure()
+
+
+@pytest.fixture(scope="session")
+def emulated_sm90(tmp_path_factory):
+    """The Hopper convolution, in an extension of its own: it is a minute of emulation away from the rest."""
+    if not have_compiler():
+        pytest.skip("the emulated kernels need a C++ compiler")
+    from torch.utils.cpp_extension import load
+
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    return load(
+        "r3d_emulated_sm90",
+        [str(HERE / "emulated_sm90.cpp")],
+        extra_cflags=["-O2", "-DR3D_EMU", "-Wno-unknown-pragmas"],
+        build_directory=str(tmp_path_factory.mktemp("emulated_sm90")),
+    )

@@ -55,21 +55,55 @@ def test_the_table_names_no_kernel_that_is_gone(compiled):
     assert set(checks.table()) == kernels
 
 
+@pytest.fixture(scope="module")
+def code(compiled):
+    """(source, arch) -> {symbol: its instructions}"""
+    done = {}
+
+    def get(source, arch):
+        if (source, arch) not in done:
+            cubin, usages = compiled(source, arch)
+            cuobjdump = checks.find_cuobjdump(checks.Nvcc.find())
+            if cuobjdump is None:
+                pytest.skip("no cuobjdump, neither in the toolkit nor in triton")
+            run = subprocess.run(
+                [str(cuobjdump), "-sass", str(cubin)], capture_output=True, text=True, check=False
+            )
+            if run.returncode != 0:
+                pytest.skip(f"this cuobjdump does not read code for {arch}: {run.stderr.strip()[:200]}")
+            parts = re.split(r"Function : (\S+)", run.stdout)
+            done[source, arch] = dict(zip(parts[1::2], parts[2::2], strict=True))
+            assert set(done[source, arch]) == {usage.symbol for usage in usages}
+        return done[source, arch]
+
+    return get
+
+
 @pytest.mark.parametrize("arch", checks.ARCHS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_vector_kernels_move_sixteen_bytes_at_a_time(compiled, source, arch):
-    cubin, usages = compiled(source, arch)
-    cuobjdump = checks.find_cuobjdump(checks.Nvcc.find())
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump, neither in the toolkit nor in triton")
-    run = subprocess.run([str(cuobjdump), "-sass", str(cubin)], capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        pytest.skip(f"this cuobjdump does not read code for {arch}: {run.stderr.strip()[:200]}")
-    parts = re.split(r"Function : (\S+)", run.stdout)
-    code = dict(zip(parts[1::2], parts[2::2], strict=True))
-    assert set(code) == {usage.symbol for usage in usages}
-    for symbol, text in code.items():
+def test_every_kernel_uses_the_instructions_it_is_for(code, source, arch):
+    for symbol, text in code(source, arch).items():
+        row = checks.table()[checks.base_name(symbol)]
+        here = row.get("only", arch) == arch
+        for instruction in row.get("instructions", []):
+            found = re.search(rf"\b{instruction}\b", text) is not None
+            assert found == here, f"{symbol} for {arch}: {instruction} {'missing' if here else 'present'}"
+
+
+@pytest.mark.parametrize("arch", checks.ARCHS)
+def test_a_kernel_of_one_architecture_is_known_by_its_registers_elsewhere(compiled, arch):
+    """The launch refuses where the kernel has fewer than 64: there it is compiled as an empty function."""
+    for usage in compiled(checks.CUDA / "conv3d_sm90.cu", arch)[1]:
+        assert usage.registers >= 128 if arch == "9.0a" else usage.registers <= 32, usage
+
+
+@pytest.mark.parametrize("arch", checks.ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_vector_kernels_move_sixteen_bytes_at_a_time(code, source, arch):
+    for symbol, text in code(source, arch).items():
         variants = checks.table()[checks.base_name(symbol)].get("vector_variants", [])
+        if not variants:
+            continue
         loads, stores = re.findall(r"\bLDG\.\S+", text), re.findall(r"\bSTG\.\S+", text)
         assert stores
         if any(variant in symbol for variant in variants):

@@ -25,7 +25,7 @@ def functions(listing: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and binutils")
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_shared_functions_run_on_every_processor(isa: str, tmp_path: Path) -> None:
     """The linker keeps one copy of a weak symbol (an inline function, a template). A copy made here must not need more
     than any processor has, unless its name carries the namespace of the instruction set."""

@@ -198,6 +198,14 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     [
         {"stem": "seed18"},
         {"stem": "torchvision", "widen_factor": 0.3},
+        {"stem": "torchvision", "convolutions": ("3d", "2d", "2d", "2d")},
+        {"stem": "r2plus1d", "convolutions": "2+1d", "widen_factor": 0.3},
+        {
+            "stem": "torchvision",
+            "convolutions": ("2d", "2d", "2+1d", "3d"),
+            "depth": 50,
+            "shortcut_type": "A",
+        },
         {"stem": Stem((3, 3, 3), (1, 2, 1), (0, 1, 1), Pool(2, 2), channels=40), "widen_factor": 0.3},
         {"stem": "hara", "in_channels": 2, "layer_strides": (1, 2, 1, 1), "layer_dilations": (1, 1, 2, 4)},
     ],
@@ -367,14 +375,21 @@ REFUSED = {
         }
     },
     "R(2+1)D of 3D-ResNets-PyTorch": lambda: {"state_dict": {"module.conv1_s.weight": w(110, 3, 1, 7, 7)}},
-    "torchvision's R(2+1)D": lambda: {
-        "stem.0.weight": w(45, 3, 1, 7, 7),
-        "stem.3.weight": w(64, 45, 3, 1, 1),
-        "layer1.0.conv1.0.0.weight": w(144, 64, 1, 3, 3),
-    },
-    "torchvision's mc3 or rmc3": lambda: {
+    "other kernels (layer2.0": lambda: {  # a mix within a block
         **network(stem="torchvision").state_dict(),
         "layer2.0.conv1.0.weight": w(16, 8, 1, 3, 3),
+    },
+    "other kernels (layer1.0": lambda: {  # Hara's names tell nothing of the strides of such a network
+        k: v[:, :, :1] if v.dim() == 5 and ".conv" in k else v
+        for k, v in bare(network(stem="hara").state_dict()).items()
+    },
+    "other kernels (layer3.0)": lambda: {  # the second half is not over the frames alone
+        **bare(network(stem="r2plus1d", convolutions="2+1d").state_dict()),
+        "layer3.0.conv1.0.3.weight": w(32, 57, 3, 3, 1),
+    },
+    "another stem": lambda: {
+        **bare(network(stem="r2plus1d", convolutions="2+1d").state_dict()),
+        "stem.3.weight": w(8, 5),
     },
     "a 2-D ResNet": lambda: {"conv1.weight": w(64, 3, 7, 7), "layer1.0.conv1.weight": w(64, 64, 3, 3)},
     "other kernels (layer3.0": lambda: {

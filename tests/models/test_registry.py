@@ -21,7 +21,7 @@ from r3d_kernels.models import (
 
 def test_every_name_builds():
     names = list_models()
-    assert len(names) == len(set(names)) == 4 * len(DEPTHS)
+    assert len(names) == len(set(names)) == 4 * len(DEPTHS) + 2
     for name in names:
         model = create_model(name, device="meta")
         assert isinstance(model, ResNet3D)
@@ -30,7 +30,8 @@ def test_every_name_builds():
 
 
 def test_list_models_by_pattern():
-    assert list_models("*_18") == ["r3d_18", "hara_r3d_18", "seed_r3d_18", "medicalnet_r3d_18"]
+    assert list_models("*r3d_18") == ["r3d_18", "hara_r3d_18", "seed_r3d_18", "medicalnet_r3d_18"]
+    assert list_models("*_18")[-2:] == ["r2plus1d_18", "mc3_18"]
     assert list_models("hara_*") == [f"hara_r3d_{depth}" for depth in DEPTHS]
     assert list_models("nothing") == []
 
@@ -39,6 +40,10 @@ def test_the_families():
     tv = create_model("r3d_18", device="meta")
     assert sum(p.numel() for p in tv.parameters()) == 33_371_472
     assert "stem.0.weight" in tv.state_dict()
+    factored = create_model("r2plus1d_18", device="meta")
+    assert sum(p.numel() for p in factored.parameters()) == 31_505_325  # as torchvision documents it
+    mixed = create_model("mc3_18", device="meta")
+    assert sum(p.numel() for p in mixed.parameters()) == 11_695_440
     hara = create_model("hara_r3d_50", fused=True, num_classes=5, in_channels=4, device="meta")
     assert hara.fused
     assert hara.conv1.in_channels == 4

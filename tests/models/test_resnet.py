@@ -534,7 +534,7 @@ def test_the_network_of_2018_takes_a_block_of_the_users_own():
         (
             {"stem": "resnet"},
             ValueError,
-            r"stem: expected one of 'hara', 'seed18', 'torchvision', got 'resnet'",
+            r"stem: expected one of 'hara', 'seed18', 'torchvision', 'r2plus1d', got 'resnet'",
         ),
         ({"stem": 7}, TypeError, r"stem: expected a name"),
         ({"stem": {"kernel": 3}}, TypeError, r"stem: expected the fields of Stem, got \{'kernel': 3\}"),

@@ -15,7 +15,7 @@ import r3d_kernels as r3d
 from r3d_kernels import backends, ops, reference
 from r3d_kernels.problems import ConvProblem
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 USABLE = ISAS[: ISAS.index(backends.describe()["best_isa"]) + 1]
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -11,7 +11,7 @@ from numerics import assert_keeps_promise, relative_error
 
 from r3d_kernels import backends, ops, reference
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 USABLE = ISAS[: ISAS.index(backends.describe()["best_isa"]) + 1]
 DTYPES = (torch.float32, torch.bfloat16)
 CHANNELS = (1, 3, 7, 8, 16, 17, 45, 64, 230)

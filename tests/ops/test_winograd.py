@@ -13,7 +13,7 @@ import r3d_kernels as r3d
 from r3d_kernels import backends, ops
 from r3d_kernels.problems import ConvProblem
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 USABLE = ISAS[: ISAS.index(backends.describe()["best_isa"]) + 1]
 TILES = {222: (3, 3, 3), 244: (3, 3, 3), 122: (1, 3, 3), 144: (1, 3, 3), 211: (3, 1, 1), 411: (3, 1, 1)}
 
@@ -118,6 +118,8 @@ def test_wrong_use() -> None:
 
 
 def test_predicates_and_strict_mode(monkeypatch) -> None:
+    monkeypatch.setenv("R3D_KERNELS_ISA", "scalar")  # the same kernels on every machine
+
     def able(text: str, dtype: torch.dtype = torch.float32) -> set[str]:
         request = backends.Request(ConvProblem.parse(text), dtype, torch.device("cpu"), 2)
         return {k.name for k in backends.KERNELS if k.can_run(request) is None and k.backend == "cpu"}
@@ -144,5 +146,5 @@ def test_strict_mode_is_followed_at_once(monkeypatch) -> None:
         with torch.inference_mode(), r3d.backend("cpu"):
             layer(x)
         seen.append(backends.explain(layer)[-1].kernel)
-    assert seen[0].startswith("winograd F(2,4,4)")
-    assert not seen[1].startswith("winograd F(2,4,4)")
+    assert "4" in seen[0].partition("F(")[2].partition(")")[0]
+    assert "4" not in seen[1].partition("F(")[2].partition(")")[0]

@@ -30,12 +30,25 @@ struct Settings {
   unsigned seed = 1;               // of Schedule::ahead
   int multiprocessors = 2;         // what kernels are told; few, so that loops over the grid go round
   size_t shared_limit = 48 << 10;  // bytes of R3D_SHARED in a block, as nvcc's
+  bool late_copies = false;        // cp.async lands when it is waited for, not at once
+  // Faults, to see that tests notice them:
+  int fewer_waited = 0;   // cp.async.wait_group leaves so many groups more under way
+  int skip_barrier = -1;  // no thread waits at its block barrier of this number, from 0
 };
 
 inline Settings& settings() {
   static thread_local Settings value;
   return value;
 }
+
+// What runs beside the threads of a block: copies under way, say.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual void block_begins() = 0;
+  virtual bool advance() = 0;  // called when no thread can go on; true if that may have changed
+  virtual void block_ends() = 0;
+};
 
 class Machine {
  public:
@@ -53,10 +66,21 @@ class Machine {
 
   Dim thread_index() const { return threads_[current_]->index; }
   Dim block_index, block_size, grid_size;
+  uint64_t block_serial = 0;  // a new number for every block of every launch
+  int thread() const { return current_; }
   int lane() const { return current_ % kWarp; }
+  int threads() const { return count_; }
+
+  // Waits for something that another thread or an engine does; whoever does it calls progressed().
+  template <class Ready>
+  void wait_for(Ready ready) {
+    wait(Wait::event, ready);
+  }
+  void progressed() { progress_ = true; }
 
   // Waits for all threads of the block that have not returned.
   void sync_block() {
+    if (threads_[current_]->barriers++ == settings().skip_barrier) return;
     const unsigned generation = barrier_generation_;
     barrier_waiting_++;
     complete_barrier();
@@ -101,6 +125,9 @@ class Machine {
     return arena_.get() + begin;
   }
 
+  void attach(Engine* engine) { engines_.push_back(engine); }
+  unsigned random() { return next(); }
+
   // ---- seen by launches
   // ------------------------------------------------------------------------------------------
 
@@ -135,13 +162,14 @@ class Machine {
   }
 
  private:
-  enum class Wait { none, barrier, exchange };
+  enum class Wait { none, barrier, exchange, event };
 
   struct Thread {
     Fiber fiber;
     Dim index;
     bool done;
     Wait wait;
+    int barriers;  // that it has come to
   };
 
   struct Exchange {
@@ -220,8 +248,10 @@ class Machine {
       t.index = Dim(i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y));
       t.done = false;
       t.wait = Wait::none;
+      t.barriers = 0;
       t.fiber.prepare(entry);
     }
+    block_serial++;
     live_ = count_;
     barrier_waiting_ = 0;
     warps_ = std::vector<Warp>((count_ + kWarp - 1) / kWarp);
@@ -230,6 +260,8 @@ class Machine {
     poison(0, kArena);
     shared_.clear();
     shared_end_ = shared_used_ = 0;
+
+    for (Engine* e : engines_) e->block_begins();
 
     std::vector<int> order(count_);
     std::iota(order.begin(), order.end(), 0);
@@ -242,10 +274,18 @@ class Machine {
       else
         for (int t : order)
           if (!threads_[t]->done) step(t);
-      // A warp picked at random may have nothing to do: only many such picks in a row are a deadlock.
+      // A warp picked at random may have nothing to do: only many such picks in a row mean that none has.
       idle = progress_ ? 0 : idle + 1;
-      if (idle > (settings().schedule == Schedule::ahead ? 64 * int(warps_.size()) : 1)) deadlock();
+      if (idle > (settings().schedule == Schedule::ahead ? 8 * int(warps_.size()) : 1)) {
+        bool more = false;
+        for (Engine* e : engines_) more |= e->advance();
+        if (more)
+          idle = 0;
+        else if (idle > 64 * int(warps_.size()) || settings().schedule != Schedule::ahead)
+          deadlock();
+      }
     }
+    for (Engine* e : engines_) e->block_ends();
     check_walls();
   }
 
@@ -265,12 +305,15 @@ class Machine {
   }
 
   [[noreturn]] void deadlock() {
-    int barrier = 0, exchange = 0;
+    int at[4] = {};
     for (int i = 0; i < count_; i++)
-      if (!threads_[i]->done) (threads_[i]->wait == Wait::barrier ? barrier : exchange)++;
-    throw std::runtime_error(where() + ": deadlock, " + std::to_string(barrier) +
-                             " threads at a block barrier, " + std::to_string(exchange) +
-                             " at a warp exchange, " + std::to_string(count_ - live_) + " returned");
+      if (!threads_[i]->done) at[int(threads_[i]->wait)]++;
+    const int events = at[int(Wait::event)];
+    throw std::runtime_error(where() + ": deadlock, " + std::to_string(at[int(Wait::barrier)]) +
+                             " threads at a block barrier, " + std::to_string(at[int(Wait::exchange)]) +
+                             " at a warp exchange, " +
+                             (events ? std::to_string(events) + " waiting for an event, " : "") +
+                             std::to_string(count_ - live_) + " returned");
   }
 
   // Outside the arrays every byte must still be poison.
@@ -326,6 +369,7 @@ class Machine {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warp> warps_;
   std::vector<Shared> shared_;
+  std::vector<Engine*> engines_;
   size_t shared_end_ = 0, shared_used_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr error_;

@@ -1,0 +1,252 @@
+"""The Hopper convolution on paper: what each layer of a network asks of the GPU, and what may come out.
+
+    python benchmarks/gpu_paper.py --networks r3d_18,hara_r3d_50 --batches 1,8,32
+
+No GPU is needed and nothing is measured. Tiles, splits and clocks come from the rule that the kernel itself chooses by
+(csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together); 'share' is of the 790 TFLOP/s that large
+bfloat16 matrix products reach on an H200. Layers that the kernel does not take stand there without a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from r3d_kernels.models import create_model
+from r3d_kernels.ops.conv3d_sm90 import TILES
+from r3d_kernels.problems import LAYER_INPUT, ConvProblem, network_problems, unique
+
+SMS = 132
+RATE = 790e12  # FLOP/s of large bfloat16 products on one H200
+COPY = 4.3e12  # bytes/s read and written on the same
+
+# csrc/cuda/conv3d_sm90.h
+CONSUMERS, DEPTH, SHARED, CONTROL = 2, 64, 227 << 10, 1024
+FLOPS_PER_CLOCK, SHARED_PER_CLOCK, L2_PER_CLOCK = 4096, 128, 28
+TILE_OVERHEAD, OUTPUTS_PER_CLOCK, SMALLEST_PART = 1200, 16, 4
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shared memory of one tile."""
+
+    slices: int
+    slice_pixels: int  # wgmma's N
+    slice_channels: int
+    stage_bytes: int
+    stages: int
+    shared_bytes: int
+
+
+def layout(tile: tuple[int, int, int]) -> Layout:
+    pixels, channels, taps = tile
+    slices = 2 if channels == 64 else 1
+    stage = (pixels + taps * channels) * DEPTH * 2
+    staging = pixels * channels * 2
+    control = CONTROL + (128 * CONSUMERS * 16 if taps > 1 else 0)
+    stages = min(8, (SHARED - control - staging) // stage)
+    return Layout(
+        slices,
+        pixels // slices,
+        channels * slices // CONSUMERS,
+        stage,
+        stages,
+        stages * stage + staging + control,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Clocks of one step of 64 channels, by what they are spent on, all at the same time."""
+
+    products: int
+    shared: int
+    l2: int
+
+    @property
+    def cycles(self) -> int:
+        return max(self.products, self.shared, self.l2)
+
+    @property
+    def limit(self) -> str:
+        return max(("products", "shared", "l2"), key=lambda name: getattr(self, name))
+
+
+def step(tile: tuple[int, int, int]) -> Step:
+    pixels, channels, taps = tile
+    part = layout(tile)
+    wgmmas = CONSUMERS * (part.slice_channels // 64) * taps * (DEPTH // 16)
+    shared = wgmmas * 32 * (64 + part.slice_pixels) + part.stage_bytes
+    return Step(
+        ceil_div(2 * pixels * channels * DEPTH * taps, FLOPS_PER_CLOCK),
+        ceil_div(shared, SHARED_PER_CLOCK),
+        ceil_div(part.stage_bytes, L2_PER_CLOCK),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a convolution is cut, and the clocks that this is expected to take."""
+
+    tile: int
+    split: int
+    pixel_tiles: int
+    channel_tiles: int
+    steps: int
+    cycles: int
+
+    @property
+    def tiles(self) -> int:
+        return self.pixel_tiles * self.channel_tiles * self.split
+
+
+def plan_for(p: ConvProblem, index: int, split: int, sms: int = SMS) -> Plan | None:
+    """None where the tile or the split does not fit."""
+    tile = pixels, channels, taps = TILES[index]
+    part = layout(tile)
+    depth, height, width = p.out_size
+    rows = 0
+    if taps > 1:
+        padded = width + (p.kernel[2] - 1) * p.dilation[2]
+        if p.kernel[2] != taps or p.stride[2] != 1 or padded > part.slice_pixels:
+            return None
+        rows = part.slice_pixels // padded
+    steps = p.kernel[0] * p.kernel[1] * p.kernel[2] // taps * ceil_div(p.c, DEPTH)
+    if split > 1 and steps < split * SMALLEST_PART:
+        return None
+    if taps > 1:
+        pixel_tiles = ceil_div(p.n * depth * height, part.slices * rows)
+    else:
+        pixel_tiles = ceil_div(p.n * depth * height * width, pixels)
+    channel_tiles = ceil_div(p.k, channels)
+    outputs = pixels * channels
+    each = TILE_OVERHEAD + ceil_div(steps, split) * step(tile).cycles + outputs // OUTPUTS_PER_CLOCK
+    if split > 1:
+        each += ceil_div((1 + split) * outputs * 4, L2_PER_CLOCK)
+    cycles = ceil_div(pixel_tiles * channel_tiles * split, sms) * each
+    return Plan(index, split, pixel_tiles, channel_tiles, steps, cycles)
+
+
+def plan(p: ConvProblem, sms: int = SMS) -> Plan:
+    """What the kernel would choose: the fewest clocks; the first of equals."""
+    plans = [plan_for(p, index, split, sms) for index in range(len(TILES)) for split in SPLITS]
+    return min((found for found in plans if found is not None), key=lambda found: found.cycles)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the table."""
+
+    layer: str
+    problem: ConvProblem
+    count: int  # layers of this geometry in the network
+    plan: Plan | None  # None: not for this kernel
+
+    @property
+    def flops(self) -> int:
+        p = self.problem
+        macs = p.n * p.k * p.c
+        for size in (*p.out_size, *p.kernel):
+            macs *= size
+        return 2 * macs
+
+    @property
+    def bytes(self) -> int:
+        """The least that memory sees, in a two-byte dtype: input, weights and residual read once, output written."""
+        p = self.problem
+        x = p.n * p.c * p.d * p.h * p.w
+        y = p.n * p.k * p.out_size[0] * p.out_size[1] * p.out_size[2]
+        weights = p.k * p.c * p.kernel[0] * p.kernel[1] * p.kernel[2]
+        return 2 * (x + weights + y * (2 if p.residual else 1))
+
+    @property
+    def seconds(self) -> float:
+        """The slower of the kernel's clocks, at the clock of RATE, and memory."""
+        assert self.plan is not None
+        return max(self.plan.cycles * SMS * FLOPS_PER_CLOCK / RATE, self.bytes / COPY)
+
+    @property
+    def share(self) -> float:
+        return self.flops / self.seconds / RATE
+
+    @property
+    def limit(self) -> str:
+        assert self.plan is not None
+        return "memory" if self.seconds == self.bytes / COPY else step(TILES[self.plan.tile]).limit
+
+
+def rows(network: str, batch: int, sms: int = SMS) -> list[Row]:
+    """The distinct layers of a network, named after the first of their kind."""
+    with torch.device("meta"):
+        model = create_model(network)
+    problems = network_problems(model, (batch, *LAYER_INPUT[1:]))
+    names = {}
+    for name, problem in problems:
+        names.setdefault(problem, name)
+    return [
+        Row(names[problem], problem, count, None if problem.c % 8 or problem.k % 8 else plan(problem, sms))
+        for problem, count in unique(problems)
+    ]
+
+
+HEAD = (
+    f"{'layer':<24}{'problem':<46}{'x':>3}{'GFLOP':>9}{'MB':>8}  {'tile':<13}{'split':>5}{'tiles':>7}{'waves':>7}"
+    f"{'smem/wgmma':>12}{'B/clk':>7}{'L2 B/clk':>9}{'us':>9}{'share':>7}  limit"
+)
+
+
+def line(row: Row, sms: int = SMS) -> str:
+    start = (
+        f"{row.layer:<24}{row.problem!s:<46}{row.count:>3}{row.flops / 1e9:>9.2f}{row.bytes / 1e6:>8.1f}  "
+    )
+    if row.plan is None:
+        return start + "another kernel's"
+    tile = TILES[row.plan.tile]
+    clocks, part = step(tile), layout(tile)
+    wgmma = 32 * (64 + part.slice_pixels)  # bytes that one of 64 x N x 16 reads; it takes N / 2 clocks
+    name = f"{tile[0]}x{tile[1]}" + (f" /{tile[2]}" if tile[2] > 1 else "")
+    return start + (
+        f"{name:<13}{row.plan.split:>5}{row.plan.tiles:>7}{row.plan.tiles / sms:>7.2f}"
+        f"{f'{wgmma} B':>12}{clocks.shared * SHARED_PER_CLOCK / clocks.products:>7.0f}"
+        f"{part.stage_bytes / clocks.products:>9.0f}{row.seconds * 1e6:>9.1f}{row.share:>7.0%}  {row.limit}"
+    )
+
+
+def table(network: str, batch: int, sms: int = SMS) -> list[str]:
+    found = rows(network, batch, sms)
+    ours = [row for row in found if row.plan is not None]
+    seconds = sum(row.seconds * row.count for row in ours)
+    flops = sum(row.flops * row.count for row in ours)
+    left = sum(row.flops * row.count for row in found) - flops
+    return [
+        f"{network}, batch {batch}, {sms} multiprocessors (predicted, not measured)",
+        HEAD,
+        *(line(row, sms) for row in found),
+        f"together {flops / 1e9:.1f} GFLOP in {seconds * 1e6:.0f} us: {flops / seconds / RATE:.0%} of 790 TFLOP/s, "
+        f"{batch / seconds:.0f} clips/s without the {left / 1e9:.1f} GFLOP of other kernels, pools and head",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--networks", default="r3d_18,hara_r3d_50", help="default: %(default)s")
+    parser.add_argument("--batches", default="1,8,32", help="default: %(default)s")
+    parser.add_argument("--sms", type=int, default=SMS, help="multiprocessors (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for network in args.networks.split(","):
+        for batch in args.batches.split(","):
+            print("\n".join(table(network.strip(), int(batch), args.sms)), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""The sm80 convolution, max-pool, head and graphs in the GPU report: awkward geometries, then speed.
+
+python benchmarks/gpu_sm80.py [--multiprocessors N]
+
+needs no GPU: what the kernel's own prediction, which chooses its tiles, says of every layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Three different paddings first: an exchanged pair of axes shows there.
+GEOMETRIES = (
+    "n2c64d5h6w7k64f3x3x3p0x1x2+res+relu",
+    "n2c16d5h6w7k8f3x2x4s2x3x1p2x0x1l1x2x1+relu",
+    "n2c64d4h9w11k64f3p1+res+relu",
+    "n3c24d5h9w8k45f3s2p1+relu",
+    "n2c45d5h7w9k64f3x1x1p1x0x0+res+relu",
+    "n1c45d3h9w9k230f1x3x3p0x1x1+res",
+    "n1c230d2h7w7k921f1",
+    "n1c128d4h7w7k128f3p2x1x2l2x1x2+res+relu",
+    "n2c3d4h29w31k64f3x7x7s1x2x2p1x3x3+relu",
+    "n1c3d8h29w31k64f7s1x2x2p3+relu",
+    "n1c1d8h21w23k16f7s1x2x2p3+relu",
+    "n4c512d2h7w7k512f3p1+res+relu",
+    "n1c8d3h5w6k24f3p1",
+)
+LAYERS = {
+    "stem": "n{}c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu",
+    "layer1": "n{}c64d16h56w56k64f3p1+res+relu",
+    "layer2.0.conv1": "n{}c64d16h56w56k128f3s2p1+relu",
+    "layer2": "n{}c128d8h28w28k128f3p1+res+relu",
+    "layer3": "n{}c256d4h14w14k256f3p1+res+relu",
+    "layer4": "n{}c512d2h7w7k512f3p1+res+relu",
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNELS = ("sm80", "sm80 128x128", "sm80 128x64", "sm80 64x64")
+TF32_ERROR = 1e-3  # relative L2, of products with both factors rounded to 11 bits
+
+
+class Problem:
+    """One fused convolution, run by any kernel of `backends`."""
+
+    def __init__(self, text: str, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        from r3d_kernels import backends
+        from r3d_kernels.problems import ConvProblem
+
+        p = self.p = ConvProblem.parse(text)
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g)
+
+        def place(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+
+        self.x = place(normal(p.n, p.c, p.d, p.h, p.w))
+        self.weight = (normal(p.k, p.c, *p.kernel) / math.sqrt(p.c * math.prod(p.kernel))).to(device, dtype)
+        self.residual = place(normal(p.n, p.k, *p.out_size)) if p.residual else None
+        self.norm = tuple(
+            t.to(device) for t in (normal(p.k), 0.5 + normal(p.k).abs(), 0.5 + normal(p.k).abs(), normal(p.k))
+        )
+        self.request = backends.Request(p, dtype, self.x.device, torch.get_num_threads())
+        self.layer = backends.Layer.of(self.weight, None, (*self.norm, 1e-5))
+
+    def call(self, name: str) -> Any:
+        """The kernel as a call without arguments; a sentence where it cannot run."""
+        from r3d_kernels import backends
+
+        kernel = next(k for k in backends.KERNELS if k.name == name)
+        why_not = kernel.can_run(self.request)
+        if why_not is not None:
+            return why_not
+        pack = kernel.pack(self.layer, self.request)
+        return functools.partial(kernel.run, pack, self.x, self.residual, self.request)
+
+    def exact(self) -> Tensor:
+        """float64, on the CPU."""
+        p = self.p
+        y = F.conv3d(self.x.double().cpu(), self.weight.double().cpu(), None, p.stride, p.padding, p.dilation)
+        y = F.batch_norm(y, *(t.double().cpu() for t in self.norm), False, 0.0, 1e-5)
+        if self.residual is not None:
+            y = y + self.residual.double().cpu()
+        return F.relu(y) if p.activation == "relu" else y
+
+
+def check_conv3d(report: ModuleType, device: str = "cuda", kernel: str = "sm80") -> dict[str, Any]:
+    """Every geometry and dtype against float64; NaN and shape mistakes count as wrong."""
+    rows, bad = [], []
+    with torch.no_grad():
+        for text in GEOMETRIES:
+            for dtype in DTYPES:
+                problem = Problem(text, dtype, device)
+                ours = problem.call(kernel)
+                if isinstance(ours, str):
+                    raise report.NotHere(f"{kernel}: {ours}")
+                exact, y = problem.exact(), ours()
+                error = measure.relative_error(y.cpu(), exact)
+                stock = measure.relative_error(problem.call("stock")().cpu(), exact)
+                allowed = 2 * stock + torch.finfo(dtype).eps / 2
+                allowed = max(allowed, TF32_ERROR) if dtype == torch.float32 else allowed
+                name = str(dtype).removeprefix("torch.")
+                row = {
+                    "problem": text,
+                    "dtype": name,
+                    "error": error,
+                    "stock_error": stock,
+                    "allowed": allowed,
+                }
+                rows.append(row)
+                if not error <= allowed or not y.is_contiguous(memory_format=torch.channels_last_3d):
+                    bad.append(row)
+    if bad:
+        raise report.Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "rows_of_errors": rows}
+
+
+def check_repetitions(
+    report: ModuleType, count: int = 200, device: str = "cuda", kernel: str = "sm80"
+) -> dict[str, Any]:
+    """The same bits every time; the last geometry splits its sum."""
+    for text in (GEOMETRIES[0], GEOMETRIES[8], "n1c512d1h4w4k512f3p1+res+relu"):
+        ours = Problem(text, torch.bfloat16, device).call(kernel)
+        if isinstance(ours, str):
+            raise report.NotHere(f"{kernel}: {ours}")
+        first = ours().view(torch.int16)
+        different = torch.zeros((), dtype=torch.int64, device=device)
+        for _ in range(count):
+            different += (ours().view(torch.int16) != first).any().long()
+        if int(different):
+            raise report.Failed(f"{int(different)} of {count} repetitions differ: {text}")
+    return {"repetitions": count}
+
+
+def check_pool_and_head(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+    """Max-pool bit for bit as torch's, NaN included; head against float64."""
+    from r3d_kernels import ops
+
+    report.require_op()
+    cases = 0
+    for dtype in DTYPES if device == "cuda" else (torch.bfloat16, torch.float32):
+        for channels in (64, 45, 8, 3):
+            x = torch.randn(2, channels, 5, 9, 8)
+            x.view(-1)[:: 3 * channels] = math.nan
+            x = x.to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+            for window in ((3, 2, 1), ((1, 3, 3), (1, 2, 2), (0, 1, 1))):
+                want = F.max_pool3d(x.float(), *window).to(dtype)
+                if not torch.equal(ops.max_pool3d(x, *window).nan_to_num(-7.0), want.nan_to_num(-7.0)):
+                    raise report.Failed(f"max_pool3d differs from torch's: {dtype}, {channels}, {window}")
+                cases += 1
+            x, weight = x.nan_to_num(1.0), torch.randn(19, channels).to(device, dtype)
+            exact = F.linear(x.double().mean((2, 3, 4)), weight.double())
+            error = measure.relative_error(ops.avg_pool_linear(x, weight).cpu(), exact.cpu())
+            if not error <= (5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps):
+                raise report.Failed(f"avg_pool_linear: error {error:.1e}: {dtype}, {channels} channels")
+            cases += 1
+    return {"cases": cases}
+
+
+def layer_speed(report: ModuleType, batch: int) -> dict[str, Any]:
+    """r3d_18's layers in bfloat16: ours, cuDNN with our epilogue, and stock; share of a matrix product's rate."""
+    rate = report.roofline()["matmul_tflop_per_s"]["bfloat16"]
+    rows = []
+    with torch.no_grad():
+        for name, text in LAYERS.items():
+            problem = Problem(text.format(batch), torch.bfloat16, "cuda")
+            calls = {k: problem.call(k) for k in (*KERNELS, "cuDNN + bn_act", "stock")}
+            if isinstance(calls["sm80"], str):
+                raise report.NotHere(f"sm80: {calls['sm80']}")
+            seconds = report.gpu_seconds({k: c for k, c in calls.items() if not isinstance(c, str)}, rounds=9)
+            tflops = 2 * problem.p.macs / seconds["sm80"] / 1e12
+            rows.append(
+                {
+                    "layer": name,
+                    "problem": str(problem.p),
+                    "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+                    "tflop_per_s": round(tflops, 1),
+                    "share_of_matmul": round(tflops / rate, 3),
+                }
+            )
+    return {"batch": batch, "layers": rows}
+
+
+def graphed_speed(report: ModuleType, name: str = "r3d_18") -> dict[str, Any]:
+    """Batch 1 as one CUDA graph: the eager pass's bits, also for new data and a second shape, and its time."""
+    models = {
+        engine: report._placed(name, torch.bfloat16, engine == "fused") for engine in ("stock", "fused")
+    }
+    clips = [
+        measure.clip(n, seed=n).to("cuda", torch.bfloat16, memory_format=torch.channels_last_3d)
+        for n in (1, 2)
+    ]
+    call = models["fused"].graphed(clips[0])
+    with torch.no_grad():
+        for x in (clips[0], clips[0] * 0.5, clips[1]):
+            if not torch.equal(call(x), models["fused"](x)):
+                raise report.Failed(f"the graph gives another result than the pass, shape {list(x.shape)}")
+        x = clips[0]
+        calls = {engine: functools.partial(model, x) for engine, model in models.items()}
+        seconds = report.gpu_seconds({**calls, "graphed": functools.partial(call, x)}, rounds=9)
+    return {"network": name, "batch_1_ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()}}
+
+
+def small_calls() -> None:
+    """For compute-sanitizer: every tile's tails, split sums, padded rows, pools and head."""
+    with torch.no_grad():
+        for text in (*GEOMETRIES[:4], *GEOMETRIES[8:11], "n1c256d1h3w3k64f3p1"):
+            for dtype in DTYPES:
+                ours = Problem(text, dtype, "cuda").call("sm80")
+                if not isinstance(ours, str):
+                    ours()
+
+
+def sections(report: ModuleType) -> list[Any]:
+    """What gpu_report runs; `report` is that module, under whatever name it was started."""
+
+    def section(title: str, run: Any, needs: float) -> Any:
+        return report.Section(title, functools.partial(run, report), needs)
+
+    return [
+        section("sm80 convolution against float64", check_conv3d, 20),
+        section("sm80 convolution: 200 repetitions, bitwise", check_repetitions, 5),
+        section("max-pool and head", check_pool_and_head, 5),
+        *(
+            report.Section(f"sm80 layers, batch {n}", functools.partial(layer_speed, report, n), 10)
+            for n in (8, 1, 32)
+        ),
+        section("r3d_18 bf16 batch 1 as a CUDA graph", graphed_speed, 10),
+    ]
+
+
+def on_paper(network: str, batch: int, multiprocessors: int) -> list[dict[str, Any]]:
+    """Each different layer in bfloat16: work, traffic, tiles, waves, predicted share of the tensor cores."""
+    from r3d_kernels._sm80 import TILES
+    from r3d_kernels.problems import layers_of
+
+    rows = []
+    for name, layer in layers_of(network).items():
+        p = layer.with_batch(batch)
+        geometry = ([p.n, p.c, p.d, p.h, p.w], [p.k, p.c, *p.kernel], torch.bfloat16)
+        steps = (p.stride, p.padding, p.dilation)
+        tile, splits, cycles = torch.ops.r3d_kernels.conv3d_sm80_choice(*geometry, *steps, multiprocessors)
+        rows_of, columns = (int(size) for size in TILES[tile].split("x"))
+        tiles = math.ceil(p.n * math.prod(p.out_size) / rows_of) * math.ceil(p.k / columns)
+        rows.append(
+            {
+                "layer": name,
+                "gflop": round(p.flops / 1e9, 3),
+                "mbyte": round(p.bytes(torch.bfloat16) / 1e6, 2),
+                "tile": TILES[tile],
+                "splits": splits,
+                "tiles": tiles * splits,
+                "waves": round(tiles * splits / multiprocessors, 2),
+                # 1024 multiplications a cycle and multiprocessor
+                "share": round(p.macs / 1024 / multiprocessors / cycles, 3),
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--multiprocessors", type=int, default=108, help="default: %(default)s, an A100's")
+    args = parser.parse_args()
+    print("predicted, not measured")
+    for network in ("r3d_18", "hara_r3d_50"):
+        for batch in (1, 8, 32):
+            print(f"\n{network}, batch {batch}, {args.multiprocessors} multiprocessors")
+            for row in on_paper(network, batch, args.multiprocessors):
+                print("  ".join(f"{name} {value}" for name, value in row.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,178 @@
+"""The Hopper convolution's part of gpu_report.py: cases with their exact answers, and what one layer's speed means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r3d_kernels.ops.conv3d_sm90 import TILES
+from r3d_kernels.problems import ConvProblem, layers_of
+
+# im2col's corners first: three different paddings, kernels, strides and dilations, tails in every dimension.
+CORNERS = (
+    "n1c8d5h6w7k8f3p0x1x2",
+    "n1c8d5h6w7k8f3p2x1x0",
+    "n2c24d4h5w6k24f1x3x5p0x2x1+relu",
+    "n2c8d5h4w6k8f5x1x3p3x0x2s1x2x3",
+    "n1c64d4h5w6k64f3p1x0x2s2x1x2+res+relu",
+    "n1c8d9h3w4k8f2x3x4s3x1x2p1x2x3l1x2x1",
+    "n2c16d7h7w7k8f3s2p4l3x2x1",
+    "n1c8d3h3w40k8f1x1x3p0x0x15l1x1x15",
+    "n3c128d3h7w9k136f3p1+res+relu",
+    "n1c64d3h56w56k64f3p1+res+relu",
+    "n1c512d2h7w7k512f3p1+res+relu",
+)
+# Each is run by every tile that takes it, with the sum in one part and in two.
+EVERY_TILE = ("n2c72d3h7w29k136f3p1x2x1+res+relu", "n2c72d3h9w13k136f1x3x2s1x2x1p0x1x1")
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tensors of one fused convolution with an unfolded scale."""
+
+    problem: ConvProblem
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    residual: Tensor | None
+
+    def ours(self, tiles: int = -1, split: int = 0) -> Tensor:
+        p = self.problem
+        tensors = (self.x, self.weight, self.scale, self.bias, self.residual)
+        return torch.ops.r3d_kernels.conv3d_sm90(
+            *tensors, p.stride, p.padding, p.dilation, p.activation or "none", tiles, split
+        )
+
+    def stock(self) -> Tensor:
+        """cuDNN, then batch norm of mean 0 and variance 1, add and ReLU: what torch runs without us."""
+        p = self.problem
+        y = F.conv3d(self.x, self.weight, None, p.stride, p.padding, p.dilation)
+        zeros, ones = torch.zeros_like(self.scale), torch.ones_like(self.scale)
+        y = F.batch_norm(y, zeros, ones, self.scale, self.bias, eps=0.0)
+        if self.residual is not None:
+            y = y + self.residual
+        return F.relu(y) if p.activation == "relu" else y
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """float64 on the CPU, and the error that one rounding and float32 sums allow each element."""
+        p, wide = self.problem, (1, -1, 1, 1, 1)
+        x, weight, scale, bias = (t.cpu().double() for t in (self.x, self.weight, self.scale, self.bias))
+
+        def conv(a: Tensor, b: Tensor) -> Tensor:
+            return F.conv3d(a, b, None, p.stride, p.padding, p.dilation)
+
+        y = conv(x, weight) * scale.view(wide) + bias.view(wide)
+        size = conv(x.abs(), weight.abs()) * scale.abs().view(wide) + bias.abs().view(wide)
+        if self.residual is not None:
+            y = y + self.residual.cpu().double()
+            size = size + self.residual.cpu().double().abs()
+        y = y.relu() if p.activation == "relu" else y
+        return y, 3e-6 * size + torch.finfo(self.x.dtype).eps / 2 * 1.001 * y.abs()
+
+
+def work(p: ConvProblem, dtype: torch.dtype, seed: int = 0, device: str = "cuda") -> Work:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def place(t: Tensor) -> Tensor:
+        return t.to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    return Work(
+        p,
+        place(normal(*p.in_shape)),
+        place(normal(*p.weight_shape) / (p.c * p.kernel[0] * p.kernel[1] * p.kernel[2]) ** 0.5),
+        normal(p.k).to(device),
+        normal(p.k).to(device),
+        place(normal(*p.out_shape)) if p.residual else None,
+    )
+
+
+def _runs(every: bool, p: ConvProblem) -> Iterator[tuple[int, int]]:
+    """(tiles, split) of the op: the plan's own choice, or each tile."""
+    if not every:
+        yield -1, 0
+        return
+    for tile, (_, _, taps) in enumerate(TILES):
+        if taps == 1 or (p.kernel[2] == taps and p.stride[2] == 1):
+            yield from ((1 << tile, split) for split in (1, 2))
+
+
+def check(device: str = "cuda") -> list[dict[str, Any]]:
+    """A row for each run; 'worst' is the largest error over what is allowed, so at most 1 where all is well."""
+    rows = []
+    for text in (*CORNERS, *EVERY_TILE):
+        p = ConvProblem.parse(text)
+        for dtype in DTYPES:
+            w = work(p, dtype, device=device)
+            want, allowed = w.exact
+            for tiles, split in _runs(text in EVERY_TILE, p):
+                y = w.ours(tiles, split).cpu().double()
+                ratio = ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
+                name = "chosen" if tiles < 0 else "x".join(map(str, TILES[tiles.bit_length() - 1]))
+                rows.append(
+                    {
+                        "problem": text,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "tile": name,
+                        "split": split,
+                        "worst": ratio,
+                    }
+                )
+    return rows
+
+
+def different_bits(count: int, device: str = "cuda") -> dict[str, int]:
+    """How many of `count` repetitions differ from the first, for each problem: a race shows up here."""
+    found = {}
+    for text in (*CORNERS[-2:], "n2c72d3h9w13k136f1x3x2s1x2x1p0x1x1"):
+        w = work(ConvProblem.parse(text), torch.bfloat16, device=device)
+        first = w.ours()
+        different = torch.zeros((), dtype=torch.int64, device=device)
+        for _ in range(count):
+            different += (w.ours().view(torch.int16) != first.view(torch.int16)).any().long()
+        found[text] = int(different)
+    return found
+
+
+def speed(
+    seconds: Callable[[dict[str, Callable[[], Any]]], dict[str, float]],
+    rate: float,
+    network: str,
+    batch: int,
+    device: str = "cuda",
+) -> list[dict[str, Any]]:
+    """Each layer of a network that the kernel takes, against cuDNN; `rate`: TFLOP/s of matrix products, same run."""
+    rows = []
+    for name, problem in layers_of(network).items():
+        p = problem.with_batch(batch)
+        if p.c % 8 or p.k % 8:
+            continue
+        w = work(p, torch.bfloat16, device=device)
+        found = seconds({"ours": w.ours, "stock": w.stock})
+        macs = p.n * p.k * p.c
+        for size in (*p.out_size, *p.kernel):
+            macs *= size
+        tflops = 2 * macs / found["ours"] / 1e12
+        rows.append(
+            {
+                "layer": name,
+                "problem": str(p),
+                "ours_us": round(1e6 * found["ours"], 2),
+                "stock_us": round(1e6 * found["stock"], 2),
+                "ours_is_faster": round(found["stock"] / found["ours"], 3),
+                "tflop_per_s": round(tflops, 1),
+                "share_of_matmul": round(tflops / rate, 3),
+            }
+        )
+    return rows

@@ -1,0 +1,223 @@
+// The Hopper convolution: what it takes, how it is cut into tiles, and the call. No CUDA and no torch in
+// here: the rules are the same for the op, the emulator, the tests and the tables on paper.
+//
+// The GEMM is D[channels, pixels] = weights[channels, taps * C] * pixels[pixels, taps * C]^T: the output
+// channels are wgmma's M and the pixels its N. With 64 output channels this reads 10 KB of shared memory for
+// 64 x 256 outputs and 16 products, the other way round 16 KB; and a thread has two channels, so two scales
+// and two biases.
+#pragma once
+
+#include <cstdint>
+
+#include "../conv3d.h"
+
+#ifdef __CUDACC__
+#define R3D_HOST_DEVICE __host__ __device__
+#else
+#define R3D_HOST_DEVICE
+#endif
+
+namespace r3d::cuda {
+
+// ---- tiles
+
+struct Sm90Tile {
+  int pixels, channels;
+  // Filter taps along the width that share one load of pixels. 1: the tile is `pixels` outputs in a row.
+  // Else: whole rows of the padded input, as many as fit; tap s then reads the same rows s * dilation pixels
+  // further on.
+  int taps;
+};
+
+// In the order of preference where the estimate is the same.
+constexpr Sm90Tile kSm90Tiles[] = {{240, 128, 3}, {352, 64, 3}, {128, 64, 3}, {256, 128, 1},
+                                   {128, 256, 1}, {384, 64, 1}, {256, 64, 1}, {128, 128, 1},
+                                   {64, 256, 1},  {128, 64, 1}, {64, 128, 1}, {64, 64, 1}};
+constexpr int kSm90TileCount = sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]);
+
+constexpr int kSm90Consumers = 2;                         // warpgroups that multiply
+constexpr int kSm90Threads = 128 * (1 + kSm90Consumers);  // and one that copies
+constexpr int kSm90Depth = 64;                            // channels in a step: 128 bytes, one swizzled row
+constexpr int kSm90Shared = 227 << 10;                    // bytes a block may have on sm_90
+constexpr int kSm90Control = 1024;                        // bytes for barriers and flags
+
+struct Sm90Layout {
+  int slices;  // parts of the pixels: a consumer has its own, or both have the same and differ in channels
+  int slice_pixels;    // wgmma's N
+  int slice_channels;  // channels of a consumer: one or two wgmma's M
+  int pixel_bytes, weight_bytes, stage_bytes, staging_bytes;
+  int control_bytes;  // with taps, and 16 bytes a thread for outputs that lie in the padding
+  int stages, shared_bytes;
+};
+
+constexpr Sm90Layout sm90_layout(const Sm90Tile& t) {
+  Sm90Layout l{};
+  l.slices = t.channels == 64 ? 2 : 1;
+  l.slice_pixels = t.pixels / l.slices;
+  l.slice_channels = t.channels * l.slices / kSm90Consumers;
+  l.pixel_bytes = t.pixels * kSm90Depth * 2;
+  l.weight_bytes = t.taps * t.channels * kSm90Depth * 2;
+  l.stage_bytes = l.pixel_bytes + l.weight_bytes;
+  l.staging_bytes = t.pixels * t.channels * 2;
+  l.control_bytes = kSm90Control + (t.taps > 1 ? 128 * kSm90Consumers * 16 : 0);
+  const int room = (kSm90Shared - l.control_bytes - l.staging_bytes) / l.stage_bytes;
+  l.stages = room < 8 ? room : 8;
+  l.shared_bytes = l.stages * l.stage_bytes + l.staging_bytes + l.control_bytes;
+  return l;
+}
+
+// ---- what it takes
+
+// Null, or why the kernel cannot run this convolution.
+inline const char* conv3d_sm90_refuses(const ConvGeometry& g, DType dtype) {
+  if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) return "has bfloat16 and float16 only";
+  if (g.c % 8 != 0 || g.k % 8 != 0)
+    return "TMA wants rows of a multiple of 16 bytes: channels that are a multiple of 8";
+  const int64_t in[] = {g.in.d, g.in.h, g.in.w}, kernel[] = {g.kernel.d, g.kernel.h, g.kernel.w};
+  const int64_t stride[] = {g.stride.d, g.stride.h, g.stride.w};
+  const int64_t padding[] = {g.padding.d, g.padding.h, g.padding.w};
+  const int64_t dilation[] = {g.dilation.d, g.dilation.h, g.dilation.w};
+  for (int i = 0; i < 3; i++) {
+    const int64_t span = (kernel[i] - 1) * dilation[i];
+    if (stride[i] > 8) return "TMA has strides up to 8";
+    // The corners of TMA's box, -padding and padding - span, are five-bit numbers; filter offsets end at 31.
+    if (padding[i] > 15 || padding[i] - span < -16 || span >= 31)
+      return "padding or dilation is beyond TMA's im2col range: padding <= 15, "
+             "(kernel - 1) * dilation <= padding + 16 and < 31";
+    if (in[i] >= int64_t(1) << 30) return "an axis is too long for TMA's coordinates";
+  }
+  const int64_t row = 2 * g.c * g.in.w;
+  if (row * g.in.h * g.in.d >= int64_t(1) << 40) return "a sample is too large for TMA's strides (1 TiB)";
+  if (2 * g.c * g.kernel.volume() >= int64_t(1) << 40 || g.c >= 1 << 30 || g.k >= 1 << 30)
+    return "too many channels for TMA's coordinates";
+  // Tile indices and coordinates are 32-bit; the widest tile reaches past the end.
+  if (g.n * g.out.d * g.out.h * (g.out.w + 30) >= INT32_MAX - 4096) return "more than 2^31 output pixels";
+  if (g.pixels() / 64 * (g.k / 64) > INT32_MAX / 32) return "too many tiles";
+  if (g.kernel.volume() * ((g.c + 63) / 64) > INT32_MAX) return "the sum is too long";
+  return nullptr;
+}
+
+// Rows of the padded input in one slice of a tile whose taps share their load; 0 where they cannot.
+inline int sm90_rows(const ConvGeometry& g, const Sm90Tile& t) {
+  if (t.taps == 1 || g.kernel.w != t.taps || g.stride.w != 1) return 0;
+  const int64_t width = g.out.w + (g.kernel.w - 1) * g.dilation.w;  // = the padded input's
+  const int n = sm90_layout(t).slice_pixels;
+  return width <= n ? int(n / width) : 0;
+}
+
+// ---- the choice
+
+struct Sm90Plan {
+  int tile;   // index into kSm90Tiles; -1: none
+  int split;  // parts of the sum, each computed by a tile of its own
+  int rows;   // of sm90_rows
+  int pixel_tiles, channel_tiles;
+  int steps;        // of 64 channels (times tile.taps) in the whole sum
+  int grid;         // blocks
+  int64_t cycles;   // the estimate that made it win
+  int64_t partial;  // floats of workspace; 0 without split
+  int64_t tickets;  // counters after them, zero before the launch
+
+  int64_t workspace_bytes() const { return 4 * (partial + tickets); }
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a tile is expected to take, in clocks of a multiprocessor; integers, so that every language agrees.
+constexpr int64_t kSm90FlopsPerClock = 4096;  // dense bf16, of one multiprocessor
+constexpr int64_t kSm90SharedPerClock = 128;  // bytes
+constexpr int64_t kSm90L2PerClock = 28;       // bytes, of one multiprocessor while all read
+constexpr int64_t kSm90TileOverhead = 1200;   // filling the pipeline, barriers
+constexpr int64_t kSm90OutputsPerClock = 16;  // of the epilogue
+constexpr int64_t kSm90SmallestPart = 4;      // steps in a part of a split sum
+constexpr int kSm90Splits[] = {1, 2, 3, 4, 6, 8, 12, 16};
+
+// One step of 64 channels and `taps` taps, everything overlapping: the slowest of multiplying, shared memory,
+// L2.
+inline int64_t sm90_step_cycles(const Sm90Tile& t) {
+  const Sm90Layout l = sm90_layout(t);
+  const int64_t flops = int64_t(2) * t.pixels * t.channels * kSm90Depth * t.taps;
+  // each wgmma reads its 64 x 16 weights and its N x 16 pixels
+  const int64_t wgmmas = int64_t(kSm90Consumers) * (l.slice_channels / 64) * t.taps * (kSm90Depth / 16);
+  const int64_t shared = wgmmas * 32 * (64 + l.slice_pixels) + l.stage_bytes;
+  int64_t most = ceil_div(flops, kSm90FlopsPerClock);
+  const int64_t others[] = {ceil_div(shared, kSm90SharedPerClock), ceil_div(l.stage_bytes, kSm90L2PerClock)};
+  for (int64_t c : others) most = c > most ? c : most;
+  return most;
+}
+
+inline Sm90Plan sm90_plan_for(const ConvGeometry& g, int tile, int split, int multiprocessors) {
+  const Sm90Tile& t = kSm90Tiles[tile];
+  Sm90Plan p{};
+  p.tile = -1;
+  p.rows = sm90_rows(g, t);
+  if (t.taps > 1 && p.rows == 0) return p;
+  p.steps = int(g.kernel.volume() / t.taps * ceil_div(g.c, kSm90Depth));
+  if (split > 1 && p.steps < split * kSm90SmallestPart) return p;
+  p.tile = tile;
+  p.split = split;
+  const int64_t slices = sm90_layout(t).slices;
+  p.pixel_tiles =
+      int(t.taps > 1 ? ceil_div(g.n * g.out.d * g.out.h, slices * p.rows) : ceil_div(g.pixels(), t.pixels));
+  p.channel_tiles = int(ceil_div(g.k, t.channels));
+  const int64_t tiles = int64_t(p.pixel_tiles) * p.channel_tiles, outputs = int64_t(t.pixels) * t.channels;
+  p.grid = int(tiles * split < multiprocessors ? tiles * split : multiprocessors);
+  if (split > 1) {
+    p.partial = tiles * split * outputs;
+    p.tickets = tiles * kSm90Consumers;
+  }
+  int64_t each =
+      kSm90TileOverhead + ceil_div(p.steps, split) * sm90_step_cycles(t) + outputs / kSm90OutputsPerClock;
+  // a part is written, and the last one to finish reads all of them
+  if (split > 1) each += ceil_div((1 + split) * outputs * 4, kSm90L2PerClock);
+  p.cycles = ceil_div(tiles * split, multiprocessors) * each;
+  return p;
+}
+
+// `tiles`: bits of those that may be taken; `split` 0: any. The tile is -1 where none fits.
+inline Sm90Plan sm90_plan(const ConvGeometry& g, int multiprocessors, unsigned tiles = ~0u, int split = 0) {
+  Sm90Plan best{};
+  best.tile = -1;
+  for (int tile = 0; tile < kSm90TileCount; tile++)
+    for (int s : kSm90Splits) {
+      if (!(tiles >> tile & 1) || (split && s != split)) continue;
+      const Sm90Plan p = sm90_plan_for(g, tile, s, multiprocessors);
+      if (p.tile >= 0 && (best.tile < 0 || p.cycles < best.cycles)) best = p;
+    }
+  return best;
+}
+
+// ---- the order of the tiles
+
+struct Sm90Place {
+  int pixel, channel, part;
+};
+
+// Blocks that run at the same time have neighbouring indices: they share pixels (all channel tiles of a band
+// come before the next pixels) and the weights of at most kSm90Band channel tiles, which stay in L2.
+constexpr int kSm90Band = 8;
+
+R3D_HOST_DEVICE inline Sm90Place sm90_place(int index, int pixel_tiles, int channel_tiles, int split) {
+  const int tile = index / split, part = index - tile * split;
+  const int per_band = pixel_tiles * kSm90Band;
+  const int band = tile / per_band, inside = tile - band * per_band;
+  const int first = band * kSm90Band;
+  const int width = channel_tiles - first < kSm90Band ? channel_tiles - first : kSm90Band;
+  const int pixel = inside / width;
+  return {pixel, first + inside - pixel * width, part};
+}
+
+// ---- the call
+
+// args.weight is [K, T, R, S, C] as it is in the module, of the dtype of x: a weight in torch's
+// channels_last_3d. Batch norm is not folded into it: y = act(scale[k] * conv + args.bias[k] + residual), so
+// that no folded weight is rounded. `workspace`: plan.workspace_bytes() bytes on the device, 16-byte aligned,
+// of any contents. Enqueues the kernel on `stream` (a cudaStream_t) of the current device. Returns null, or
+// what went wrong.
+const char* conv3d_sm90(const ConvArgs& args, const float* scale, const Sm90Plan& plan, void* workspace,
+                        void* stream);
+
+// sm90_plan for the current device.
+Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles = ~0u, int split = 0);
+
+}  // namespace r3d::cuda

@@ -1,0 +1,76 @@
+"""The Hopper convolution as one of the kernels that `backends` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from r3d_kernels.backends import Layer, Request
+
+__all__ = ["Sm90Cuda"]
+
+
+class Sm90Cuda:
+    """Our implicit GEMM on TMA and wgmma (csrc/cuda/conv3d_sm90.cu). Weights stay unfolded: it scales in float32."""
+
+    name = "wgmma"
+    backend = "cuda"
+
+    def can_run(self, request: Request) -> str | None:
+        from r3d_kernels import backends  # it imports this module
+
+        p = request.problem
+        if request.device.type != "cuda":
+            return f"needs a CUDA tensor, got {request.device.type}"
+        if not any(arch.startswith("9.0a") for arch in backends.describe()["cuda_archs"]):
+            return "was not compiled for 9.0a"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device here"
+        if torch.cuda.get_device_capability(request.device) != (9, 0):
+            return "needs a GPU of compute capability 9.0"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"has bfloat16 and float16 only, got {request.dtype}"
+        if p.groups != 1:
+            return f"has groups=1 only, got {p.groups}"
+        why_not = torch.ops.r3d_kernels.conv3d_sm90_refuses(
+            p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, request.dtype
+        )
+        return why_not or self._unproven(request.device)
+
+    @staticmethod
+    def _index(device: torch.device) -> int:
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def _unproven(self, device: torch.device) -> str | None:
+        from r3d_kernels.ops import conv3d_sm90
+
+        index = self._index(device)
+        if index not in conv3d_sm90.proven and torch.cuda.is_current_stream_capturing():
+            return "is not tried for the first time while a CUDA graph is captured"
+        if not conv3d_sm90.proven_tiles(index):
+            return "gave wrong results on a small convolution on this GPU"
+        return None
+
+    def pack_key(self, request: Request) -> Hashable:
+        return request.dtype
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        from r3d_kernels.ops import conv3d_sm90
+
+        # [K, T, R, S, C] in memory
+        weight = layer.weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)
+        scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
+        tiles = conv3d_sm90.proven_tiles(self._index(request.device))
+        return weight, scale.float(), layer.shift.float(), tiles
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        weight, scale, shift, tiles = pack
+        activation = p.activation or "none"
+        return torch.ops.r3d_kernels.conv3d_sm90(
+            x, weight, scale, shift, residual, p.stride, p.padding, p.dilation, activation, tiles
+        )

@@ -1,0 +1,145 @@
+"""`torch.ops.r3d_kernels.conv3d_sm90`, the Hopper convolution: its fake for torch.compile, and whether it works here.
+
+It is called through `backends`; nothing here is for users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r3d_kernels import _extension
+
+__all__ = ["TILES", "proven", "proven_tiles", "trial_error"]
+
+# Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
+TILES = (
+    (240, 128, 3),
+    (352, 64, 3),
+    (128, 64, 3),
+    (256, 128, 1),
+    (128, 256, 1),
+    (384, 64, 1),
+    (256, 64, 1),
+    (128, 128, 1),
+    (64, 256, 1),
+    (128, 64, 1),
+    (64, 128, 1),
+    (64, 64, 1),
+)
+
+_TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
+
+
+@cache
+def _trial(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """(x, weight, scale, bias, residual), the exact answer, and what rounding allows; channels for the widest tile."""
+    g = torch.Generator().manual_seed(0)
+    k, c = max(channels for _, channels, _ in TILES) + 8, 72
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    x, weight = normal(2, c, 4, 9, 21).to(dtype), (normal(k, c, 2, 3, 3) / (c * 18) ** 0.5).to(dtype)
+    scale, bias = normal(k), normal(k)
+
+    def conv(a: Tensor, b: Tensor) -> Tensor:
+        return F.conv3d(a, b, None, _TRIAL["stride"], _TRIAL["padding"], _TRIAL["dilation"])
+
+    wide = (1, -1, 1, 1, 1)
+    want = conv(x.double(), weight.double()) * scale.double().view(wide) + bias.double().view(wide)
+    size = conv(x.double().abs(), weight.double().abs()) * scale.double().abs().view(wide) + 10
+    residual = normal(*want.shape).to(dtype)
+    want = (want + residual.double()).relu()
+    return (x, weight, scale, bias, residual), want, 3e-6 * size + torch.finfo(dtype).eps / 2 * 1.001 * want
+
+
+def trial_error(
+    dtype: torch.dtype, tile: int, split: int, device: torch.device | str = "cuda", op=None
+) -> float:
+    """The largest error of one tile, relative to what rounding allows, on a small convolution against float64.
+
+    Three different paddings, a stride, a dilation, tails of pixels and channels, two samples, residual and ReLU. At
+    most 1 where the kernel works; NaN is infinity here.
+    """
+    op = op or torch.ops.r3d_kernels.conv3d_sm90
+    (x, weight, scale, bias, residual), want, allowed = _trial(dtype)
+    k = TILES[tile][1] + 8
+
+    def place(t: Tensor) -> Tensor:
+        return t.to(device).contiguous(memory_format=torch.channels_last_3d)
+
+    tensors = (place(x), place(weight[:k]), scale[:k].to(device), bias[:k].to(device), place(residual[:, :k]))
+    y = op(*tensors, *_TRIAL.values(), "relu", 1 << tile, split).cpu().double()
+    return ((y - want[:, :k]).abs() / allowed[:, :k]).nan_to_num(float("inf")).max().item()
+
+
+proven: dict[int, int] = {}
+"""Index of a GPU -> what `proven_tiles` found."""
+
+
+def proven_tiles(index: int) -> int:
+    """Bits of the tiles that compute what they should on this GPU: each is tried once in a process.
+
+    The kernels lean on how the hardware reads its descriptors. A GPU, driver or compiler that sees one of them in
+    another way costs speed here, and not the user's results.
+    """
+    if index in proven:
+        return proven[index]
+    device = torch.device("cuda", index)
+    good = 0
+    for tile in range(len(TILES)):
+        try:
+            works = all(
+                trial_error(dtype, tile, split, device) <= 1
+                for dtype in (torch.bfloat16, torch.float16)
+                for split in (1, 2)
+            )
+        except RuntimeError:
+            works = False
+        good |= works << tile
+    _trial.cache_clear()
+    proven[index] = good
+    return good
+
+
+if _extension.error is None:
+
+    @torch.library.register_fake("r3d_kernels::conv3d_sm90")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str,
+        tiles: int = -1,
+        split: int = 0,
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        size = [
+            (i + 2 * p - d * (f - 1) - 1) // s + 1
+            for i, f, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        ]
+        return torch.empty(
+            (x.shape[0], weight.shape[0], *size),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d,
+        )
+
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.r3d_kernels.conv3d_sm90)
+    def _flops(x, weight, *args, out_shape=None, **kwargs) -> int:
+        macs = weight[1] * weight[2] * weight[3] * weight[4]
+        for size in out_shape:
+            macs *= size
+        return 2 * macs

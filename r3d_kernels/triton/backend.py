@@ -1,0 +1,114 @@
+"""The Triton convolution as one of the kernels that `backends` chooses from. Imports Triton at its first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from r3d_kernels.triton import config as configs
+
+if TYPE_CHECKING:
+    from r3d_kernels.backends import Layer, Request
+
+__all__ = ["TritonConv3d"]
+
+_LEAST_ARCH = 80
+
+
+@cache
+def why_no_triton() -> str | None:
+    """None, or why Triton cannot be used in this process."""
+    try:
+        import triton
+
+        version = tuple(int(v) for v in triton.__version__.split(".")[:2])
+    except (ImportError, AttributeError) as e:
+        return f"Triton cannot be imported ({e})"
+    if version < (3, 6):
+        return f"needs Triton 3.6 or later, found {triton.__version__}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, for debugging (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+class _Pack:
+    """Weights as the kernels want them, and the launch of each request that runs with them."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        self.weight, self.scale, self.shift = weight, scale, shift
+        # id of a request -> (the request, so that the id stays its own; precision; launch)
+        self.launches: dict[int, tuple[Request, str, Any]] = {}
+
+
+class TritonConv3d:
+    """Our Triton implicit-GEMM convolution: channels-last, batch norm, residual and ReLU in its epilogue."""
+
+    name = "triton"
+    backend = "triton"
+    private = (
+        True  # compiled here and now by whatever Triton is installed: tried once before it may be chosen
+    )
+
+    def can_run(self, request: Request) -> str | None:
+        if (why_not := why_no_triton()) is not None:
+            return why_not
+        p = request.problem
+        if request.device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "no CUDA device is available"
+            arch = configs.machine(request.device).arch
+            if arch < _LEAST_ARCH:
+                return f"needs compute capability 8.0 or later, got {arch // 10}.{arch % 10}"
+            if torch.cuda.is_current_stream_capturing():
+                return "cannot be compiled while a CUDA graph is captured"
+        elif request.device.type == "cpu" and interpreted():
+            from r3d_kernels.backends import current_backend
+
+            if current_backend() != "triton":
+                return "Triton's interpreter is used only where backend 'triton' is asked for"
+        else:
+            return f"needs a CUDA tensor, got {request.device.type}"
+        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"has float32, bfloat16 and float16 only, got {request.dtype}"
+        if p.groups > 65535:
+            return f"has at most 65535 groups, got {p.groups}"
+        return None
+
+    def pack_key(self, request: Request) -> Hashable:
+        return request.dtype
+
+    def pack(self, layer: Layer, request: Request) -> _Pack:
+        weight = layer.weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)
+        scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
+        return _Pack(weight, scale.float(), layer.shift.float())
+
+    def run(self, pack: _Pack, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last_3d)
+        precision = configs.precision_of(request.dtype)
+        known = pack.launches.get(id(request))
+        if known is not None and known[1] == precision:
+            return known[2](x, pack.weight, pack.scale, pack.shift, residual)
+        from r3d_kernels.triton import conv3d
+
+        operands = (x, pack.weight, pack.scale, pack.shift, residual)
+        try:
+            launch = conv3d.chosen(request.problem, *operands)
+            y = launch(*operands)
+        except (RuntimeError, MemoryError):
+            raise
+        except Exception as e:  # Triton's errors share no base that torch's callers know
+            raise RuntimeError(f"Triton: {type(e).__name__}: {e}") from e
+        if len(pack.launches) >= 256:
+            pack.launches.clear()
+        pack.launches[id(request)] = (request, precision, launch)
+        return y

@@ -1,0 +1,306 @@
+"""Tile configurations: what a kernel may be compiled as, which ones a layer tries, and which it takes untried.
+
+Nothing here needs Triton. The defaults were chosen from what the compiler makes of them (no spills, tensor cores,
+shared memory: tests/triton/test_triton_aot.py); their speed was not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from r3d_kernels.problems import ConvProblem
+
+__all__ = [
+    "Config",
+    "Machine",
+    "candidates",
+    "default",
+    "input_grad",
+    "machine",
+    "precision_of",
+    "shape_class",
+    "shipped",
+]
+
+_TEXT = re.compile(r"(tiled|packed|boxes) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
+MAX_TAPS = 32  # of an axis: the tiled kernel keeps a bit for each
+_PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one convolution kernel is compiled and launched; prints as `tiled 128x64x64 w4 s3 g8 k1`."""
+
+    kernel: str  # "tiled", "packed" (taps and channels in one axis) or "boxes" (tensor descriptors)
+    bm: int  # output pixels of a tile
+    bn: int  # output channels of a tile
+    bk: int  # channels of a step of the sum
+    warps: int
+    stages: int  # of the software pipeline
+    group: int = 8  # rows of tiles that share their operands in L2
+    split: int = 1  # programs that share one tile's sum
+
+    def __str__(self) -> str:
+        tile = f"{self.bm}x{self.bn}x{self.bk}"
+        return f"{self.kernel} {tile} w{self.warps} s{self.stages} g{self.group} k{self.split}"
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        """The configuration that `str` printed as `text`; ValueError for any other text."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"config: expected a text like 'tiled 128x64x64 w4 s3 g8 k1', got {text!r}")
+        return cls(match[1], *map(int, match.groups()[1:]))
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory that the pipeline needs."""
+        return self.stages * (self.bm + self.bn) * self.bk * itemsize
+
+    def fitted(self, problem: ConvProblem) -> Config:
+        """Without the parts of a tile that would lie beyond the problem; 16 is the least of a tensor core."""
+        c, k = problem.c // problem.groups, problem.k // problem.groups
+        if self.kernel == "packed":
+            c *= math.prod(problem.kernel)
+        return dataclasses.replace(self, bn=min(self.bn, _power_of_two(k)), bk=min(self.bk, _power_of_two(c)))
+
+
+def _power_of_two(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice of a configuration depends on."""
+
+    arch: int  # compute capability, 80 for 8.0
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a program may use
+
+
+_SHARED = {80: 166912, 87: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448}
+
+
+@cache
+def machine(device: torch.device) -> Machine:
+    """The GPU, or for the CPU (Triton's interpreter) something like an A100."""
+    if device.type != "cuda":
+        return Machine(80, 108, _SHARED[80])
+    properties = torch.cuda.get_device_properties(device)
+    arch = 10 * properties.major + properties.minor
+    return Machine(arch, properties.multi_processor_count, _SHARED.get(arch, 101376))
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What tl.dot computes in: "tf32" or "ieee" for float32, as torch's switch for convolutions says; else "half"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if _tf32_allowed() else "ieee"
+
+
+def _tf32_allowed() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # the newer switch was set, and torch refuses to answer through the older one
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def shape_class(problem: ConvProblem) -> str:
+    """Convolutions that want the same tiles: "packed", "odd", "late", "narrow", "pointwise" or "wide"."""
+    c, k = problem.c // problem.groups, problem.k // problem.groups
+    pointwise = is_pointwise(problem)
+    if (c < _PACKED_BELOW and not pointwise and problem.kernel != (1, 1, 1)) or max(
+        problem.kernel
+    ) > MAX_TAPS:
+        return "packed"
+    if c % 16:  # nothing is aligned: every element is loaded by itself, with an address of its own
+        return "odd"
+    if problem.n * math.prod(problem.out_size) <= 4096:
+        return "late"
+    if k <= 64:
+        return "narrow"
+    return "pointwise" if pointwise else "wide"
+
+
+def is_pointwise(problem: ConvProblem) -> bool:
+    """A matrix product of pixels and channels: one tap, stride 1, no padding."""
+    return (problem.kernel, problem.stride, problem.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0))
+
+
+# The shipped table: (precision, class) -> configurations, the first is the default. A text may end in
+# the compute capabilities that it is for ("@90-99"); where that rules the first out, the next one is the default.
+_TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("half", "wide"): (
+        "tiled 128x128x64 w8 s3 g8 k1",
+        "tiled 128x128x32 w8 s4 g8 k1",
+        "tiled 128x64x64 w4 s3 g8 k1",
+        "tiled 64x128x64 w4 s3 g8 k1",
+        "tiled 128x256x64 w8 s3 g8 k1 @90-",
+        "tiled 256x128x64 w8 s3 g8 k1 @90-99",
+        "boxes 128x128x64 w8 s3 g8 k1 @90-",
+        "boxes 128x256x64 w8 s3 g8 k1 @90-",
+    ),
+    ("half", "narrow"): (
+        "tiled 128x64x64 w4 s3 g8 k1",
+        "tiled 128x64x32 w4 s4 g8 k1",
+        "tiled 256x64x32 w8 s3 g8 k1",
+        "tiled 64x64x64 w4 s4 g8 k1",
+        "boxes 128x64x64 w4 s4 g8 k1 @90-",
+        "boxes 256x64x64 w8 s3 g8 k1 @90-",
+    ),
+    ("half", "pointwise"): (
+        "tiled 128x128x64 w8 s3 g8 k1",
+        "tiled 128x128x32 w8 s4 g8 k1",
+        "tiled 64x128x64 w4 s3 g8 k1",
+        "tiled 128x256x64 w8 s3 g8 k1 @90-",
+    ),
+    ("half", "late"): (
+        "tiled 64x64x64 w4 s4 g8 k1",
+        "tiled 64x128x64 w4 s3 g8 k1",
+        "tiled 128x64x64 w4 s3 g8 k1",
+        "tiled 32x64x64 w4 s4 g8 k1",
+        "boxes 64x128x64 w4 s4 g8 k1 @90-",
+    ),
+    ("half", "packed"): (
+        "packed 128x64x32 w8 s2 g8 k1",
+        "packed 64x64x32 w4 s2 g8 k1",
+        "packed 128x64x64 w8 s2 g8 k1",
+    ),
+    ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
+    ("tf32", "wide"): (
+        "tiled 128x128x32 w8 s3 g8 k1",
+        "tiled 128x64x32 w4 s3 g8 k1",
+        "tiled 64x128x32 w4 s3 g8 k1",
+        "tiled 64x64x32 w4 s4 g8 k1",
+    ),
+    ("tf32", "narrow"): (
+        "tiled 128x64x32 w4 s3 g8 k1",
+        "tiled 64x64x32 w4 s4 g8 k1",
+    ),
+    ("tf32", "pointwise"): (
+        "tiled 128x128x32 w8 s3 g8 k1",
+        "tiled 64x128x32 w4 s3 g8 k1",
+    ),
+    ("tf32", "late"): (
+        "tiled 64x64x32 w4 s4 g8 k1",
+        "tiled 32x64x32 w4 s4 g8 k1",
+    ),
+    ("tf32", "packed"): (
+        "packed 128x64x32 w8 s2 g8 k1",
+        "packed 64x64x32 w4 s2 g8 k1",
+    ),
+    ("tf32", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 64x64x16 w4 s2 g8 k1"),
+    ("ieee", "odd"): ("tiled 64x64x16 w8 s2 g8 k1",),
+    ("ieee", "wide"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
+    ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
+    ("ieee", "pointwise"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
+    ("ieee", "late"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 32x32x16 w4 s3 g8 k1"),
+    ("ieee", "packed"): ("packed 64x64x16 w4 s2 g8 k1", "packed 32x64x16 w4 s2 g8 k1"),
+}
+
+# Weight gradients: (precision, few channels of x) -> output pixels of a step, columns (channels of x), rows (channels
+# of y), warps, stages.
+WEIGHT_GRAD: dict[tuple[str, bool], tuple[int, int, int, int, int]] = {
+    ("half", False): (64, 64, 64, 4, 3),
+    ("half", True): (64, 64, 64, 4, 3),
+    ("tf32", False): (32, 64, 64, 4, 3),
+    ("tf32", True): (32, 32, 64, 4, 3),
+    ("ieee", False): (16, 32, 32, 4, 2),
+    ("ieee", True): (16, 32, 32, 4, 2),
+}
+
+
+@cache
+def shipped(precision: str, name: str, arch: int) -> tuple[Config, ...]:
+    """The table's configurations for a compute capability, the default first."""
+    configs = []
+    for text in _TABLE[precision, name]:
+        text, _, span = text.partition(" @")
+        least, _, most = span.partition("-")
+        if int(least or 0) <= arch <= int(most or 999):
+            configs.append(Config.parse(text))
+    return tuple(configs)
+
+
+def boxes_of(config: Config, problem: ConvProblem) -> tuple[int, int, int] | None:
+    """The box (depth, height, width) of `config.bm` outputs that wastes the least, or None where none fits well."""
+    best, least = None, 1.25  # a quarter more than the outputs is what faster copies may pay for
+    out = problem.out_size
+    for d in range(config.bm.bit_length()):
+        for h in range(config.bm.bit_length() - d):
+            box = (1 << d, 1 << h, config.bm >> d >> h)
+            computed = math.prod(-(-o // b) * b for o, b in zip(out, box, strict=True))
+            waste = computed / math.prod(out)
+            if waste < least and max(box) <= 256:
+                best, least = box, waste
+    return best
+
+
+def why_no_boxes(problem: ConvProblem, dtype: torch.dtype) -> str | None:
+    """None, or why tensor descriptors cannot load the operands of this problem."""
+    if problem.stride != (1, 1, 1):
+        return "needs stride 1"
+    if problem.groups != 1:
+        return "has groups=1 only"
+    if problem.c * dtype.itemsize % 16:
+        return "needs pixels of a multiple of 16 bytes"
+    return None
+
+
+def _usable(config: Config, problem: ConvProblem, dtype: torch.dtype, where: Machine) -> bool:
+    if config.shared(dtype.itemsize) > where.shared:
+        return False
+    if config.kernel != "boxes":
+        return True
+    return why_no_boxes(problem, dtype) is None and boxes_of(config, problem) is not None
+
+
+def _split(config: Config, problem: ConvProblem, where: Machine) -> Config:
+    """Shares the sum of each tile among programs where there are too few tiles for the multiprocessors."""
+    if config.kernel != "tiled":
+        return config
+    m = problem.n * math.prod(problem.out_size)
+    tiles = -(-m // config.bm) * -(-(problem.k // problem.groups) // config.bn) * problem.groups
+    steps = math.prod(problem.kernel) * -(-(problem.c // problem.groups) // config.bk)
+    split = 1
+    # A part has at least 8 steps, or filling and draining the pipeline would be most of it.
+    while split < 16 and 2 * split * tiles <= where.multiprocessors and steps >= 16 * split:
+        split *= 2
+    return dataclasses.replace(config, split=split)
+
+
+def candidates(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> list[Config]:
+    """What a layer tries, the default first; each with the split that fills the machine, and late ones without too."""
+    name = shape_class(problem)
+    found: list[Config] = []
+    for config in shipped(precision, name, where.arch):
+        config = config.fitted(problem)
+        while config.shared(dtype.itemsize) > where.shared and config.stages > 2:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        if _usable(config, problem, dtype, where):
+            shared = _split(config, problem, where)
+            found += [shared] if shared == config else [shared, config]
+    return list(dict.fromkeys(found))
+
+
+def default(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> Config:
+    """What a layer runs with when nothing was measured."""
+    return candidates(problem, dtype, precision, where)[0]
+
+
+def input_grad(problem: ConvProblem, precision: str, where: Machine) -> Config:
+    """What an input gradient runs with: the tile of the mirrored problem, whose sum runs over y's channels."""
+    if precision == "ieee":
+        return Config.parse("tiled 64x64x16 w8 s3 g8 k1")  # with four warps it spills on 10.0
+    if problem.k // problem.groups % 16:
+        name = "odd"
+    elif problem.n * problem.d * problem.h * problem.w <= 4096:
+        name = "late"
+    else:
+        name = "narrow" if problem.c // problem.groups <= 64 else "wide"
+    return shipped(precision, name, where.arch)[0]

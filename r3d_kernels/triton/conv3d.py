@@ -1,0 +1,336 @@
+"""conv3d with scale, bias, residual and activation, and its gradients, as implicit matrix products in Triton.
+
+Importing this module imports Triton and registers `torch.ops.r3d_kernels.triton_conv3d` and its two gradients, which
+torch.compile takes as they are. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes
+implicit matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from r3d_kernels import _check
+from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import config as configs
+from r3d_kernels.triton import tuner
+from r3d_kernels.triton.config import Config
+from r3d_kernels.triton.launch import Forward, InputGrad, WeightGrad, channels_last, check_operand
+
+__all__ = ["conv3d", "conv3d_input_grad", "conv3d_weight_grad"]
+
+
+def _triples(stride: object, padding: object, dilation: object) -> tuple[tuple[int, int, int], ...]:
+    names = ("stride", "padding", "dilation")
+    return tuple(_check.triple(v, n) for v, n in zip((stride, padding, dilation), names, strict=True))
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` in one kernel; differentiable but for `scale`.
+
+    Args:
+        x: [N, C, D, H, W], float32, bfloat16 or float16, on a GPU; made channels_last_3d if it is not.
+        weight: [K, C/groups, T, R, S], dtype of x.
+        scale, bias: float32 [K], or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        stride, padding, dilation: an int or three (depth, height, width).
+        groups: a divisor of C and K.
+        activation: "relu" or None.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. Sums are float32. float32 products are TF32 where torch's
+        switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`), else exact.
+
+    Raises:
+        TypeError: for a wrong type or a mix of dtypes.
+        ValueError: for wrong shapes, an impossible geometry, a mix of devices, an unknown activation.
+    """
+    _check.tensor(x, "x")
+    _check.tensor(weight, "weight")
+    if scale is not None and _check.tensor(scale, "scale").requires_grad and torch.is_grad_enabled():
+        raise ValueError("scale: expected a tensor that needs no gradient, got one that requires it")
+    act = _check.activation(activation)
+    geometry = _triples(stride, padding, dilation)
+    return torch.ops.r3d_kernels.triton_conv3d(x, weight, scale, bias, residual, *geometry, groups, act)
+
+
+def checked_problem(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> ConvProblem:
+    """The problem of a call, once all of its arguments are found to fit."""
+    check_operand(x, "x")
+    _check.same_dtype(weight, "weight", x.dtype)
+    _check.same_device(weight, "weight", x.device)
+    if weight.dim() != 5:
+        raise ValueError(
+            f"weight: expected 5 dimensions [K, C/groups, T, R, S], got shape {list(weight.shape)}"
+        )
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None:
+            _check.vector(t, name, weight.shape[0], x.device)
+            if t.dtype != torch.float32:
+                raise TypeError(f"{name}: expected torch.float32, got {t.dtype}")
+    if residual is not None:
+        _check.same_dtype(residual, "residual", x.dtype)
+        _check.same_device(residual, "residual", x.device)
+    shape = None if residual is None else tuple(residual.shape)
+    key = (tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation))
+    _check.output_shape(*key, groups, shape, activation)
+    return _problem(*key, groups, residual is not None, activation)
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+    groups: int,
+    residual: bool,
+    activation: str,
+) -> ConvProblem:
+    return ConvProblem(
+        *x,
+        k=weight[0],
+        kernel=weight[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=residual,
+        activation=None if activation == "none" else activation,
+    )
+
+
+@lru_cache(maxsize=4096)
+def forward(problem: ConvProblem, config: Config, precision: str, has_scale: bool, has_bias: bool) -> Forward:
+    return Forward(problem, config, precision, has_scale=has_scale, has_bias=has_bias)
+
+
+def chosen(
+    problem: ConvProblem,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Forward:
+    """The launch for a problem: with the configuration measured to be the fastest, or the default."""
+    precision = configs.precision_of(x.dtype)
+
+    def launch(config: Config) -> Forward:
+        return forward(problem, config, precision, scale is not None, bias is not None)
+
+    return launch(tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual)))
+
+
+@torch.library.custom_op(
+    "r3d_kernels::triton_conv3d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation) -> Tensor",
+)
+def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
+    problem = checked_problem(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation)
+    x, weight = channels_last(x), channels_last(weight)
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else channels_last(residual)
+    return chosen(problem, x, weight, scale, bias, residual)(x, weight, scale, bias, residual)
+
+
+@_conv3d.register_fake
+def _(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
+    size = [
+        (i + 2 * p - d * (f - 1) - 1) // s + 1
+        for i, f, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last_3d,
+    )
+
+
+# ---- gradients ----
+
+
+def _gradient_problem(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    dy: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    check_operand(dy, "dy")
+    key = (tuple(x_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation))
+    expected = _check.output_shape(*key, groups, None, "none")
+    if tuple(dy.shape) != expected:
+        raise ValueError(f"dy: expected the output's shape {list(expected)}, got {list(dy.shape)}")
+    return _problem(*key, groups, False, "none")
+
+
+@lru_cache(maxsize=4096)
+def input_grad(problem: ConvProblem, precision: str, where: configs.Machine) -> InputGrad:
+    return InputGrad(problem, configs.input_grad(problem, precision, where), precision)
+
+
+@lru_cache(maxsize=4096)
+def weight_grad(problem: ConvProblem, precision: str, multiprocessors: int) -> WeightGrad:
+    return WeightGrad(problem, precision, multiprocessors)
+
+
+def conv3d_input_grad(
+    dy: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of conv3d with respect to its input.
+
+    Args:
+        dy: [N, K, D', H', W'], float32, bfloat16 or float16, on a GPU.
+        weight: [K, C/groups, T, R, S], dtype of dy; at most 32 taps an axis.
+        input_size: (N, C, D, H, W).
+        stride, padding, dilation, groups: of the convolution.
+
+    Returns:
+        [N, C, D, H, W] of dy's dtype, channels_last_3d, from float32 sums.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, by name.
+    """
+    _check.tensor(dy, "dy")
+    _check.tensor(weight, "weight")
+    geometry = _triples(stride, padding, dilation)
+    return torch.ops.r3d_kernels.triton_conv3d_input_grad(dy, weight, list(input_size), *geometry, groups)
+
+
+@torch.library.custom_op(
+    "r3d_kernels::triton_conv3d_input_grad",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor weight, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
+)
+def _conv3d_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
+    _check.same_dtype(weight, "weight", dy.dtype)
+    _check.same_device(weight, "weight", dy.device)
+    problem = _gradient_problem(input_size, weight.shape, dy, stride, padding, dilation, groups)
+    launch = input_grad(problem, configs.precision_of(dy.dtype), configs.machine(dy.device))
+    return launch(channels_last(dy), channels_last(weight))
+
+
+@_conv3d_input_grad.register_fake
+def _(dy, weight, input_size, stride, padding, dilation, groups):
+    return torch.empty(
+        tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last_3d
+    )
+
+
+def conv3d_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    weight_size: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of conv3d with respect to its weight.
+
+    Args:
+        x: [N, C, D, H, W], float32, bfloat16 or float16, on a GPU.
+        dy: [N, K, D', H', W'], dtype of x.
+        weight_size: (K, C/groups, T, R, S).
+        stride, padding, dilation, groups: of the convolution.
+
+    Returns:
+        [K, C/groups, T, R, S] of x's dtype, channels_last_3d, from float32 sums; bitwise the same at every call.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, by name.
+    """
+    _check.tensor(x, "x")
+    _check.tensor(dy, "dy")
+    geometry = _triples(stride, padding, dilation)
+    return torch.ops.r3d_kernels.triton_conv3d_weight_grad(x, dy, list(weight_size), *geometry, groups)
+
+
+@torch.library.custom_op(
+    "r3d_kernels::triton_conv3d_weight_grad",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dy, SymInt[] weight_size, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
+)
+def _conv3d_weight_grad(x, dy, weight_size, stride, padding, dilation, groups):
+    _check.same_dtype(dy, "dy", x.dtype)
+    _check.same_device(dy, "dy", x.device)
+    problem = _gradient_problem(x.shape, weight_size, dy, stride, padding, dilation, groups)
+    where = configs.machine(x.device)
+    launch = weight_grad(problem, configs.precision_of(x.dtype), where.multiprocessors)
+    return launch(channels_last(x), channels_last(dy))
+
+
+@_conv3d_weight_grad.register_fake
+def _(x, dy, weight_size, stride, padding, dilation, groups):
+    return torch.empty(
+        tuple(weight_size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, scale, bias, residual, *geometry, activation = inputs
+    ctx.save_for_backward(x, weight, scale, output if activation == "relu" else None)
+    ctx.geometry = geometry
+    ctx.has = (bias is not None, residual is not None)
+
+
+def _backward(ctx, dy: Tensor):
+    x, weight, scale, y = ctx.saved_tensors
+    has_bias, has_residual = ctx.has
+    ops = torch.ops.r3d_kernels
+    if y is not None:
+        dy = torch.where(y > 0, dy, 0)
+    dz = dy if scale is None else (dy * scale.view(1, -1, 1, 1, 1)).to(dy.dtype)
+    need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad[:5]
+    dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
+    dw = ops.triton_conv3d_weight_grad(x, dz, weight.shape, *ctx.geometry) if need_weight else None
+    db = dy.sum((0, 2, 3, 4), dtype=torch.float32) if need_bias and has_bias else None
+    dr = dy if need_residual and has_residual else None
+    return dx, dw, None, db, dr, None, None, None, None, None
+
+
+_conv3d.register_autograd(_backward, setup_context=_setup_context)

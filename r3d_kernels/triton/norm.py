@@ -1,0 +1,419 @@
+"""Batch norm with the statistics of the batch, residual and ReLU, forward and backward, over channels-last tensors.
+
+Two passes each way: one over x for the statistics and one that writes y; one over x, y and dy for the sums and one
+that writes dx and dresidual. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
+for computing the sample variance", 1983), so that a mean far above the standard deviation costs no digits. Sums are
+float32 in a fixed order: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r3d_kernels import _check
+from r3d_kernels.triton.launch import channels_last, check_operand, on_device
+
+__all__ = ["batch_norm_act"]
+
+_PARTS = 256  # programs that share the rows of a block of channels; the last kernel of a pass adds them up
+_ROWS = 64  # of a tile: the rows of a program are read in tiles
+
+
+# ---- kernels: x is [M, C], pixels by channels ----
+
+
+@triton.jit
+def _tile_of(start, end, cols, C, BM: tl.constexpr, WIDE: tl.constexpr):
+    rows = start + tl.arange(0, BM)
+    mask = (rows < end)[:, None] & (cols < C)[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return (rows * C)[:, None] + cols[None, :], mask
+
+
+@triton.jit(do_not_specialize=["M", "per_part"])
+def _statistics(
+    x_ptr,
+    mean_ptr,  # float32 [parts, C]: less the first row
+    var_ptr,  # float32 [parts, C]: sums of squared differences from the part's mean
+    M,
+    C,
+    per_part,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Mean and squared differences of a part of the rows."""
+    part = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin = part * per_part
+    end = tl.minimum(begin + per_part, M)
+    mean = tl.zeros((BC,), tl.float32)
+    squares = tl.zeros((BC,), tl.float32)
+    # All parts take differences from the first row: the mean may be far from zero. That row is among the data, so it is
+    # at most sqrt(M) deviations from the mean.
+    pivot = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    for start in range(begin, end, BM):
+        offsets, mask = _tile_of(start, end, cols, C, BM, WIDE)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(end - start, BM).to(tl.float32)
+        before = (start - begin).to(tl.float32)
+        shifted = tl.where(mask, x - pivot[None, :], 0.0)
+        tile_mean = tl.sum(shifted, axis=0) / count
+        apart = tl.where(mask, shifted - tile_mean[None, :], 0.0)
+        delta = tile_mean - mean
+        share = count / (before + count)
+        mean += delta * share
+        squares += tl.sum(apart * apart, axis=0) + delta * delta * (before * share)
+    tl.store(mean_ptr + part * C + cols, mean, mask=cols < C)
+    tl.store(var_ptr + part * C + cols, squares, mask=cols < C)
+
+
+@triton.jit(do_not_specialize=["M", "parts", "per_part"])
+def _merge_statistics(
+    x_ptr,
+    mean_ptr,
+    var_ptr,
+    out_ptr,  # float32 [2, C]: mean, variance over M
+    M,
+    C,
+    parts,
+    per_part,
+    PARTS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The statistics of all parts together."""
+    part = tl.arange(0, PARTS)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    c_ok = cols < C
+    mask = (part < parts)[:, None] & c_ok[None, :]
+    offsets = (part * C)[:, None] + cols[None, :]
+    pivot = tl.load(x_ptr + cols, mask=c_ok, other=0.0).to(tl.float32)
+    means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+    squares = tl.load(var_ptr + offsets, mask=mask, other=0.0)
+    counts = tl.where(part < parts, tl.minimum(M - part * per_part, per_part), 0).to(tl.float32)[:, None]
+    total = M.to(tl.float32)
+    mean = tl.sum(means * counts, axis=0) / total
+    apart = means - mean[None, :]
+    var = (tl.sum(squares, axis=0) + tl.sum(apart * apart * counts, axis=0)) / total
+    tl.store(out_ptr + cols, pivot + mean, mask=c_ok)
+    tl.store(out_ptr + C + cols, var, mask=c_ok)
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _apply(
+    x_ptr,
+    mean_ptr,  # float32 [2, C]: mean, variance
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    M,
+    C,
+    eps,
+    AFFINE: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """y = act((x - mean) / sqrt(variance + eps) * gamma + beta + residual)"""
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    c_ok = cols < C
+    offsets, mask = _tile_of(tl.program_id(0) * BM, M, cols, C, BM, WIDE)
+    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if AFFINE:
+        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
+        # (x - mean) first: x * scale + shift would lose what a large mean cancels
+        y = (x - mean[None, :]) * scale[None, :] + tl.load(beta_ptr + cols, mask=c_ok, other=0.0)[None, :]
+    else:
+        y = (x - mean[None, :]) * scale[None, :]
+    if HAS_RES:
+        y += tl.load(res_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "per_part", "eps"])
+def _gradient_sums(
+    x_ptr,
+    y_ptr,
+    dy_ptr,
+    mean_ptr,
+    sums_ptr,  # float32 [2, parts, C]: of dz, and of dz * normalised x
+    M,
+    C,
+    parts,
+    per_part,
+    eps,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    part = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    c_ok = cols < C
+    begin = part * per_part
+    end = tl.minimum(begin + per_part, M)
+    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
+    dbeta = tl.zeros((BC,), tl.float32)
+    dgamma = tl.zeros((BC,), tl.float32)
+    for start in range(begin, end, BM):
+        offsets, mask = _tile_of(start, end, cols, C, BM, WIDE)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+        dbeta += tl.sum(dz, axis=0)
+        dgamma += tl.sum(dz * ((x - mean[None, :]) * scale[None, :]), axis=0)
+    tl.store(sums_ptr + part * C + cols, dbeta, mask=c_ok)
+    tl.store(sums_ptr + (parts + part) * C + cols, dgamma, mask=c_ok)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_sums(sums_ptr, grads_ptr, C, parts, PARTS: tl.constexpr, BC: tl.constexpr):
+    """[2, parts, C] to [2, C]"""
+    part = tl.arange(0, PARTS)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    which = tl.program_id(1)
+    mask = (part < parts)[:, None] & (cols < C)[None, :]
+    sums = tl.load(sums_ptr + ((which * parts + part) * C)[:, None] + cols[None, :], mask=mask, other=0.0)
+    tl.store(grads_ptr + which * C + cols, tl.sum(sums, axis=0), mask=cols < C)
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _input_gradient(
+    x_ptr,
+    y_ptr,
+    dy_ptr,
+    mean_ptr,
+    gamma_ptr,
+    grads_ptr,  # float32 [2, C]: dbeta, dgamma
+    dx_ptr,
+    dres_ptr,
+    M,
+    C,
+    eps,
+    AFFINE: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dx = gamma * scale * (dz - (dbeta + normalised x * dgamma) / M), dresidual = dz"""
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    c_ok = cols < C
+    offsets, mask = _tile_of(tl.program_id(0) * BM, M, cols, C, BM, WIDE)
+    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
+    rows = M.to(tl.float32)
+    dbeta = tl.load(grads_ptr + cols, mask=c_ok, other=0.0) / rows
+    dgamma = tl.load(grads_ptr + C + cols, mask=c_ok, other=0.0) / rows
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+    if HAS_RES:
+        tl.store(dres_ptr + offsets, dz.to(dres_ptr.dtype.element_ty), mask=mask)
+    normal = (x - mean[None, :]) * scale[None, :]
+    if AFFINE:
+        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
+    dx = (dz - dbeta[None, :] - normal * dgamma[None, :]) * scale[None, :]
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launches ----
+
+
+class _Plan:
+    """Grids and sizes for one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        n, self.c, *space = shape
+        self.m = n * space[0] * space[1] * space[2]
+        if self.m >= 2**31 - _ROWS:
+            raise ValueError(f"x: expected fewer than 2^31 pixels, got {self.m}")
+        self.wide = self.m * self.c >= 2**31
+        self.bc = min(64, max(16, triton.next_power_of_2(self.c)))
+        blocks = triton.cdiv(self.c, self.bc)
+        # At least 16 tiles a part; what is left for the last kernel to add stays small.
+        parts = max(1, min(_PARTS, self.m // (16 * _ROWS)))
+        self.per_part = triton.cdiv(triton.cdiv(self.m, parts), _ROWS) * _ROWS
+        self.parts = triton.cdiv(self.m, self.per_part)
+        self.sums = (self.parts, blocks)
+        self.merge = triton.cdiv(self.c, 16)
+        self.elements = (triton.cdiv(self.m, _ROWS), blocks)
+        self.tiles = {"WIDE": self.wide, "BM": _ROWS, "BC": self.bc, "num_warps": 4}
+        self.merging = {"PARTS": triton.next_power_of_2(self.parts), "BC": 16, "num_warps": 4}
+
+
+_plan = lru_cache(maxsize=1024)(_Plan)
+
+
+def batch_norm_act(
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act(batch_norm(x) + residual)`` with the statistics of this batch; y is differentiable.
+
+    Args:
+        x: [N, C, D, H, W], float32, bfloat16 or float16, on a GPU, more than one value a channel.
+        gamma, beta: float32 [C], or both None.
+        residual: as x, or None.
+        eps: added to the variance.
+        activation: "relu" or None.
+
+    Returns:
+        y, as x and channels_last_3d, computed in float32 and rounded once; mean and biased variance, float32 [C], for
+        running statistics (no gradient flows through them).
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, by name.
+    """
+    act = _check.activation(activation)
+    _check.tensor(x, "x")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    y, statistics = torch.ops.r3d_kernels.triton_batch_norm_act(x, gamma, beta, residual, float(eps), act)
+    mean, var = statistics.detach().unbind(0)
+    return y, mean, var
+
+
+def _checked(x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None) -> None:
+    check_operand(x, "x")
+    if x.dim() != 5:
+        raise ValueError(f"x: expected 5 dimensions [N, C, D, H, W], got shape {list(x.shape)}")
+    if x.numel() // max(x.shape[1], 1) < 2:
+        raise ValueError(f"x: expected more than one value for each channel, got shape {list(x.shape)}")
+    if (gamma is None) != (beta is None):
+        raise ValueError(
+            "gamma: expected both gamma and beta or neither, got only "
+            + ("beta" if gamma is None else "gamma")
+        )
+    for name, t in (("gamma", gamma), ("beta", beta)):
+        if t is not None:
+            _check.vector(t, name, x.shape[1], x.device)
+            if t.dtype != torch.float32:
+                raise TypeError(f"{name}: expected torch.float32, got {t.dtype}")
+    if residual is not None:
+        _check.same_dtype(residual, "residual", x.dtype)
+        _check.same_device(residual, "residual", x.device)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected shape {list(x.shape)}, got {list(residual.shape)}")
+
+
+@torch.library.custom_op(
+    "r3d_kernels::triton_batch_norm_act",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, str activation) -> (Tensor, Tensor)",
+)
+def _batch_norm_act(x, gamma, beta, residual, eps, activation):
+    _checked(x, gamma, beta, residual)
+    plan = _plan(tuple(x.shape))
+    x = channels_last(x)
+    residual = x if residual is None else channels_last(residual)
+    has_res = residual is not x
+    y = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    statistics = x.new_empty((2, plan.c), dtype=torch.float32)
+    parts = x.new_empty((2, plan.parts, plan.c), dtype=torch.float32)
+    affine = gamma is not None
+    gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (statistics, statistics)
+    with on_device(x):
+        _statistics[plan.sums](x, parts[0], parts[1], plan.m, plan.c, plan.per_part, **plan.tiles)
+        _merge_statistics[(plan.merge,)](
+            x, parts[0], parts[1], statistics, plan.m, plan.c, plan.parts, plan.per_part, **plan.merging
+        )
+        _apply[plan.elements](
+            *(x, statistics, gamma, beta, residual, y, plan.m, plan.c, eps),
+            AFFINE=affine,
+            HAS_RES=has_res,
+            RELU=activation == "relu",
+            **plan.tiles,
+        )
+    return y, statistics
+
+
+@_batch_norm_act.register_fake
+def _(x, gamma, beta, residual, eps, activation):
+    y = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    return y, x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "r3d_kernels::triton_batch_norm_act_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? gamma, bool residual, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _batch_norm_act_backward(dy, x, y, statistics, gamma, residual, eps):
+    """y is None where there was no ReLU; the gradients of beta and gamma come as one [2, C]."""
+    check_operand(x, "x")
+    plan = _plan(tuple(x.shape))
+    x, dy = channels_last(x), channels_last(dy)
+    relu = y is not None
+    y = channels_last(y) if relu else x
+    dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    dres = torch.empty_like(dx) if residual else x.new_empty(0)
+    grads = x.new_empty((2, plan.c), dtype=torch.float32)
+    sums = x.new_empty((2, plan.parts, plan.c), dtype=torch.float32)
+    affine = gamma is not None
+    with on_device(x):
+        _gradient_sums[plan.sums](
+            *(x, y, dy, statistics, sums, plan.m, plan.c, plan.parts, plan.per_part, eps),
+            RELU=relu,
+            **plan.tiles,
+        )
+        _merge_sums[(plan.merge, 2)](sums, grads, plan.c, plan.parts, **plan.merging)
+        _input_gradient[plan.elements](
+            *(x, y, dy, statistics, gamma.contiguous() if affine else grads, grads, dx),
+            *(dres if residual else dx, plan.m, plan.c, eps),
+            AFFINE=affine,
+            HAS_RES=residual,
+            RELU=relu,
+            **plan.tiles,
+        )
+    return dx, dres, grads
+
+
+@_batch_norm_act_backward.register_fake
+def _(dy, x, y, statistics, gamma, residual, eps):
+    dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    dres = torch.empty_like(dx) if residual else x.new_empty(0)
+    return dx, dres, x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, gamma, _, residual, eps, activation = inputs
+    y, statistics = output
+    ctx.save_for_backward(x, y if activation == "relu" else None, statistics, gamma)
+    ctx.residual, ctx.eps = residual is not None, eps
+    ctx.mark_non_differentiable(statistics)
+
+
+def _backward(ctx, dy: Tensor, _: Tensor):
+    x, y, statistics, gamma = ctx.saved_tensors
+    dx, dres, grads = torch.ops.r3d_kernels.triton_batch_norm_act_backward(
+        dy, x, y, statistics, gamma, ctx.residual, ctx.eps
+    )
+    dbeta, dgamma = (None, None) if gamma is None else grads.unbind(0)
+    return dx, dgamma, dbeta, dres if ctx.residual else None, None, None
+
+
+_batch_norm_act.register_autograd(_backward, setup_context=_setup_context)

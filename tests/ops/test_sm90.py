@@ -1,0 +1,146 @@
+"""The Hopper op without a GPU: its schema, its fake, its refusals, and its place among the kernels."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import r3d_kernels.ops  # noqa: F401 - registers the operations
+from r3d_kernels import _extension, backends
+from r3d_kernels._sm90 import Sm90Cuda
+from r3d_kernels.ops import conv3d_sm90
+from r3d_kernels.problems import ConvProblem
+
+pytestmark = pytest.mark.skipif(_extension.error is not None, reason="the compiled library is missing")
+
+
+def refuses(text, dtype=torch.bfloat16):
+    p = ConvProblem.parse(text)
+    return torch.ops.r3d_kernels.conv3d_sm90_refuses(
+        p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, dtype
+    )
+
+
+def test_refusals_reach_python():
+    assert refuses("n1c64d4h8w8k64f3p1") == ""
+    assert refuses("n1c64d4h8w8k64f3p1", torch.float16) == ""
+    assert "bfloat16 and float16" in refuses("n1c64d4h8w8k64f3p1", torch.float32)
+    assert "multiple of 8" in refuses("n1c3d4h8w8k64f3p1")
+    with pytest.raises(RuntimeError, match="kernel_size: the kernel does not fit"):
+        torch.ops.r3d_kernels.conv3d_sm90_refuses(
+            [1, 8, 1, 1, 1], [8, 8, 3, 3, 3], [1] * 3, [0] * 3, [1] * 3, torch.half
+        )
+
+
+@pytest.mark.parametrize("text", ["n2c64d4h9w8k24f3s2x1x1p1x0x2+res", "n0c8d4h9w8k8f3p1l2x1x1"])
+def test_fake(text):
+    p = ConvProblem.parse(text)
+    with FakeTensorMode():
+        x = torch.empty(p.in_shape, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(p.weight_shape, dtype=torch.bfloat16, device="cuda")
+        vector = torch.empty(p.k, device="cuda")
+        residual = torch.empty(p.out_shape, dtype=torch.bfloat16, device="cuda")
+        y = torch.ops.r3d_kernels.conv3d_sm90(
+            x, weight, vector, vector, residual, p.stride, p.padding, p.dilation, "relu"
+        )
+    assert tuple(y.shape) == tuple(p.out_shape)
+    assert y.dtype == torch.bfloat16
+    assert y.device.type == "cuda"
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    p = ConvProblem.parse("n2c64d4h9w8k24f3p1")
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x = torch.empty(p.in_shape, dtype=torch.half, device="cuda")
+        weight = torch.empty(p.weight_shape, dtype=torch.half, device="cuda")
+        vector = torch.empty(p.k, device="cuda")
+        torch.ops.r3d_kernels.conv3d_sm90(x, weight, vector, vector, None, [1] * 3, [1] * 3, [1] * 3, "none")
+    assert counter.get_total_flops() == 2 * 2 * 4 * 9 * 8 * 24 * 64 * 27
+
+
+def test_it_is_one_of_the_kernels():
+    (kernel,) = [k for k in backends.KERNELS if isinstance(k, Sm90Cuda)]
+    names = [k.name for k in backends.KERNELS]
+    assert names.index(kernel.name) < names.index("cuDNN + bn_act")
+
+
+def request(text="n1c64d4h8w8k64f3p1", dtype=torch.bfloat16, device="cuda:0"):
+    return backends.Request(ConvProblem.parse(text), dtype, torch.device(device), 1)
+
+
+def test_what_it_says_before_it_asks_for_a_gpu(monkeypatch):
+    kernel = Sm90Cuda()
+    assert kernel.can_run(request(device="cpu")) == "needs a CUDA tensor, got cpu"
+    monkeypatch.setattr(backends, "describe", lambda: {"cuda_archs": ["8.0", "9.0"]})
+    assert kernel.can_run(request()) == "was not compiled for 9.0a"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that looks like one with a Hopper GPU."""
+    monkeypatch.setattr(backends, "describe", lambda: {"cuda_archs": ["8.0", "9.0a+PTX"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(conv3d_sm90, "proven", {})
+
+
+def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
+    errors = {1: 3.0, 4: float("inf")}
+    asked = []
+
+    def trial(dtype, tile, split, device):
+        asked.append((dtype, tile, split, device))
+        if tile == 7:
+            raise RuntimeError("an illegal instruction was encountered")
+        return errors.get(tile, 0.5)
+
+    monkeypatch.setattr(conv3d_sm90, "trial_error", trial)
+    kernel = Sm90Cuda()
+    assert kernel.can_run(request()) is None
+    every = (1 << len(conv3d_sm90.TILES)) - 1
+    assert conv3d_sm90.proven == {0: every & ~(1 << 1 | 1 << 4 | 1 << 7)}
+    assert {tile for _, tile, _, _ in asked} == set(range(len(conv3d_sm90.TILES)))
+    asked.clear()
+    assert kernel.can_run(request(dtype=torch.float16)) is None
+    assert not asked  # once in a process
+
+    layer = backends.Layer.of(torch.randn(64, 64, 3, 3, 3), None, None)
+    weight, scale, shift, tiles = kernel.pack(layer, request())
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert scale.dtype == shift.dtype == torch.float32
+    assert bool((scale == 1).all())
+    assert tiles == conv3d_sm90.proven[0]
+
+
+def test_a_gpu_that_computes_nonsense_is_left_alone(hopper, monkeypatch):
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a: float("inf"))
+    assert "wrong results" in Sm90Cuda().can_run(request())
+
+
+def test_no_trial_inside_a_capture(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a: pytest.fail("a trial synchronizes"))
+    assert "captured" in Sm90Cuda().can_run(request())
+    conv3d_sm90.proven[0] = 1
+    assert Sm90Cuda().can_run(request()) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "why"),
+    [
+        ("n1c64d4h8w8k64f3p1", torch.float32, "bfloat16 and float16 only"),
+        ("n1c64d4h8w8k64f3p1g2", torch.bfloat16, "groups=1"),
+        ("n1c45d4h8w8k64f3p1", torch.bfloat16, "multiple of 8"),
+    ],
+)
+def test_what_it_cannot_run(hopper, text, dtype, why):
+    assert why in Sm90Cuda().can_run(request(text, dtype))
+
+
+def test_another_gpu(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "compute capability 9.0" in Sm90Cuda().can_run(request())

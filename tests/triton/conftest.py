@@ -1,0 +1,103 @@
+"""Tests that use the `interpreter` fixture run in a process of their own, under TRITON_INTERPRET=1.
+
+The variable has to be set before triton is imported, and would be in the way of everything else that uses triton. The
+child is started at the first such test, runs all that were selected, and its reports become this session's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_CHILD = "R3D_TRITON_TEST_REPORTS"  # the file that the child writes its reports to
+_TIMEOUT = 1800
+
+
+def have_triton() -> bool:
+    try:
+        import triton
+
+        return bool(triton.__version__)
+    except (ImportError, AttributeError):  # AttributeError: this very folder, found as a namespace
+        return False
+
+
+collect_ignore_glob = [] if have_triton() else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """The interpreter with its bfloat16 faults mended (interpreter.py)."""
+    import interpreter
+
+    interpreter.mend()
+
+
+def _interpreted(item: pytest.Item) -> bool:
+    return "interpreter" in getattr(item, "fixturenames", ())
+
+
+if os.environ.get(_CHILD):
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+        with open(os.environ[_CHILD], "a") as file:
+            file.write(json.dumps(report._to_json(), default=str) + "\n")
+
+else:
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        if not _interpreted(item):
+            return None
+        reports = item.session.stash.get(_reports, None)
+        if reports is None:
+            reports = item.session.stash[_reports] = _run_child(item.session)
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in reports.get(item.nodeid) or [_missing(item, reports.get("", ""))]:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+
+_reports = pytest.StashKey[dict]()
+
+
+def _run_child(session: pytest.Session) -> dict:
+    """nodeid -> the reports of its phases; "" -> what the child printed."""
+    ids = [item.nodeid for item in session.items if _interpreted(item)]
+    root = session.config.rootpath
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reports"
+        path.touch()
+        env = {**os.environ, "TRITON_INTERPRET": "1", _CHILD: str(path), "PYTEST_ADDOPTS": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}", *ids]
+        try:
+            done = subprocess.run(
+                command, cwd=root, env=env, capture_output=True, text=True, timeout=_TIMEOUT
+            )
+            output = done.stdout + done.stderr
+        except subprocess.TimeoutExpired as e:
+            output = f"the interpreter took more than {_TIMEOUT} s\n{e.stdout!r}"
+        reports: dict = {"": output}
+        for line in path.read_text().splitlines():
+            report = pytest.TestReport._from_json(json.loads(line))
+            reports.setdefault(report.nodeid, []).append(report)
+    return reports
+
+
+def _missing(item: pytest.Item, output: str) -> pytest.TestReport:
+    return pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords={},
+        outcome="failed",
+        longrepr="the interpreter's process did not reach this test:\n" + output[-4000:],
+        when="call",
+    )

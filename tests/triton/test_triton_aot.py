@@ -1,0 +1,247 @@
+"""What Triton makes of the shipped configurations for GPUs that are not here: registers, shared memory, instructions.
+
+The default run compiles what an untuned call runs with; `R3D_TRITON_AOT=full` compiles every configuration for every
+architecture (about 220 compilations, a second or two each).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import config as configs
+from r3d_kernels.triton.config import Config, Machine
+
+ARCHS = (80, 90, 100)
+FULL = os.environ.get("R3D_TRITON_AOT") == "full"
+SHARED = {arch: configs._SHARED[arch] for arch in ARCHS}
+
+# Problems of each class that every configuration of it takes.
+PROBLEMS = {
+    "wide": "n1c128d8h28w28k256f3p1+res+relu",
+    "narrow": "n1c64d8h56w56k64f3p1+res+relu",
+    "pointwise": "n1c256d8h28w28k256f1+res+relu",
+    "late": "n1c512d4h14w14k512f3p1+res+relu",
+    "packed": "n1c3d8h112w112k64f3x7x7s1x2x2p1x3x3+relu",
+    "odd": "n1c45d8h28w28k230f3p1+res+relu",
+}
+DTYPE = {"half": "bfloat16", "tf32": "float32", "ieee": "float32"}
+
+
+def forward(problem: str, config: Config, precision: str, arch: int, dtype: str | None = None) -> dict:
+    return {
+        "op": "forward",
+        "problem": problem,
+        "config": str(config),
+        "precision": precision,
+        "dtype": dtype or DTYPE[precision],
+        "arch": arch,
+    }
+
+
+def job(op: str, problem: str, precision: str, arch: int, config: str = "") -> dict:
+    return {
+        "op": op,
+        "problem": problem,
+        "config": config,
+        "precision": precision,
+        "dtype": DTYPE[precision],
+        "arch": arch,
+    }
+
+
+INPUT_GRADIENTS = (
+    "n1c128d8h28w28k256f3p1",
+    "n1c64d8h56w56k128f3x1x1s2x1x1p1x0x0",
+    "n1c256d4h14w14k512f1s2",
+    "n1c64d8h28w28k45f3x1x1p1x0x0",
+)
+
+
+def input_gradient(text: str, precision: str, arch: int) -> dict:
+    where = Machine(arch, 132, SHARED[arch])
+    config = configs.input_grad(ConvProblem.parse(text), precision, where)
+    return job("input_grad", text, precision, arch, str(config))
+
+
+def every_job() -> list[dict]:
+    """Every shipped configuration, gradients, norms and pools, for every architecture."""
+    jobs = []
+    for arch in ARCHS:
+        for precision, name in configs._TABLE:
+            for config in configs.shipped(precision, name, arch):
+                jobs.append(forward(PROBLEMS[name], config, precision, arch))  # noqa: PERF401
+        for precision in DTYPE:
+            jobs += [input_gradient(text, precision, arch) for text in INPUT_GRADIENTS]
+            jobs += [
+                job("weight_grad", "n1c128d8h28w28k256f3p1", precision, arch),
+                job("weight_grad", PROBLEMS["packed"], precision, arch),
+            ]
+        for precision in ("half", "ieee"):
+            jobs += [job(op, "n1c64d8h28w28k64f1", precision, arch) for op in ("norm", "pool")]
+    return jobs
+
+
+def usual_jobs() -> list[dict]:
+    """What untuned calls run with, and one of each other kernel."""
+    jobs = []
+    for arch in ARCHS:
+        for name in ("wide", "late", "packed", "odd"):
+            jobs.append(forward(PROBLEMS[name], configs.shipped("half", name, arch)[0], "half", arch))  # noqa: PERF401
+        jobs.append(forward(PROBLEMS["wide"], configs.shipped("tf32", "wide", arch)[0], "tf32", arch))
+    for arch in (90, 100):
+        box = next(c for c in configs.shipped("half", "wide", arch) if c.kernel == "boxes" and c.bn == 256)
+        jobs.append(forward(PROBLEMS["wide"], box, "half", arch))
+    jobs += [
+        forward(PROBLEMS["narrow"], configs.shipped("ieee", "narrow", 90)[0], "ieee", 90),
+        input_gradient(INPUT_GRADIENTS[1], "half", 90),
+        job("weight_grad", "n1c128d8h28w28k256f3p1", "half", 90),
+        job("norm", "n1c64d8h28w28k64f1", "half", 90),
+        job("pool", "n1c64d8h28w28k64f1", "half", 90),
+    ]
+    return jobs
+
+
+def odd_jobs() -> list[dict]:
+    """Sizes that nothing is known of, a single channel, float16, and offsets of 64 bits."""
+    first = configs.shipped("half", "narrow", 80)[0]
+    wide = configs.shipped("half", "wide", 80)[0]
+    return [
+        forward("n1c64d8h28w28k230f1x3x3p0x1x1+res+relu", wide, "half", 80),
+        forward("n1c1d8h28w28k1f1", first, "half", 90, "float16"),
+        forward("n96c64d32h112w112k64f3p1+relu", first, "half", 90),
+    ]
+
+
+JOBS = (every_job() if FULL else usual_jobs()) + odd_jobs()
+
+
+def identity(job: dict) -> str:
+    return " ".join(str(job[k]) for k in ("arch", "precision", "op", "problem", "config")).strip()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[dict] | str]:
+    here = Path(__file__).resolve()
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(here.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env["TRITON_DEFAULT_FP_FUSION"] = "1"  # what 3.6 to 3.9 do; 3.9 warns that it will change
+    done = subprocess.run(
+        [sys.executable, str(here.parent / "aot.py")],
+        input=json.dumps(JOBS),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=3600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(map(identity, JOBS), json.loads(done.stdout), strict=True))
+
+
+def tensor_cores(precision: str, arch: int, rows: int) -> str:
+    """The instruction that the sums have to be made of."""
+    if precision == "ieee":
+        return "FFMA"
+    if arch < 90 or rows < 64:  # wgmma and tcgen05 take at least 64 rows
+        return "HMMA"
+    return "HGMMA" if arch < 100 else "UTCMMA"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=identity)
+def test_machine_code(job: dict, results: dict[str, list[dict] | str]) -> None:
+    kernels = results[identity(job)]
+    assert isinstance(kernels, list), kernels
+    assert kernels
+    for kernel in kernels:
+        about = json.dumps(kernel)
+        assert kernel["registers"] <= 255, about
+        assert kernel["spills"] == kernel["stack"] == 0, about
+        assert kernel["shared"] <= SHARED[job["arch"]], about
+        if not kernel["name"].startswith("conv3d"):
+            continue
+        rows = Config.parse(job["config"]).bm if job["config"] else 64  # weight gradients: 64 or 32
+        meant = tensor_cores(job["precision"], job["arch"], rows)
+        assert kernel[meant] > 0, about
+        assert all(kernel[other] == 0 for other in {"HMMA", "HGMMA", "UTCMMA"} - {meant}), about
+        if kernel["name"] == "conv3d_boxes":
+            assert kernel["UTMALDG"] >= 4, about  # two operands, at least two stages
+            assert kernel["LDGSTS"] == 0, about
+        aligned = not any(size in job["problem"] for size in ("c45d", "c1d", "k230", "k45"))
+        if kernel["name"] == "conv3d_tiled" and aligned:
+            stages = Config.parse(job["config"]).stages
+            assert kernel["LDGSTS"] >= 2 * (stages - 1), (
+                about
+            )  # copies of both operands run ahead of the sums
+            assert kernel["STG.128"] >= 1, about  # and what is stored is stored 16 bytes at a time
+
+
+def test_memory_bound_kernels_move_sixteen_bytes_at_a_time(results: dict[str, list[dict] | str]) -> None:
+    seen = set()
+    for job in JOBS:
+        if job["op"] in ("norm", "pool"):
+            for kernel in results[identity(job)]:
+                seen.add(kernel["name"])
+                if not kernel["name"].startswith("_merge"):
+                    assert kernel["LDG.128"] >= 2, kernel
+                if kernel["name"] in ("_apply", "_input_gradient", "_max_pool"):
+                    assert kernel["STG.128"] >= 2, kernel
+    assert {"_statistics", "_apply", "_gradient_sums", "_input_gradient", "_max_pool", "_average"} <= seen
+
+
+# ---- the table itself ----
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_every_class_has_a_default_that_fits(arch: int) -> None:
+    where = Machine(arch, 100, configs._SHARED.get(arch, 101376))
+    for precision, name in configs._TABLE:
+        problem = ConvProblem.parse(PROBLEMS[name])
+        dtype = getattr(torch, DTYPE[precision])
+        assert configs.shape_class(problem) == name
+        able = configs.candidates(problem, dtype, precision, where)
+        assert able[0] == configs.default(problem, dtype, precision, where)
+        assert all(c.shared(dtype.itemsize) <= where.shared for c in able)
+        assert all(c.kernel != "boxes" for c in able[:1]), "a default must take any problem of its class"
+        assert len(able) <= 12, "the first use of a layer would take too long"
+
+
+def test_small_layers_split_their_sums() -> None:
+    where = Machine(90, 132, configs._SHARED[90])
+    late = ConvProblem.parse("n1c512d2h7w7k512f3p1+relu")
+    first = configs.default(late, torch.bfloat16, "half", where)
+    assert first.split == 8  # 2 x 8 tiles for 132 multiprocessors
+    many = ConvProblem.parse("n32c64d16h56w56k64f3p1+relu")
+    assert configs.default(many, torch.bfloat16, "half", where).split == 1
+
+
+def test_text() -> None:
+    for texts in configs._TABLE.values():
+        for text in texts:
+            text = text.partition(" @")[0]
+            assert str(Config.parse(text)) == text
+    with pytest.raises(ValueError, match="config: expected a text like 'tiled 128x64x64"):
+        Config.parse("tiled 128x64")
+
+
+def test_boxes() -> None:
+    config = Config.parse("boxes 128x64x64 w4 s3 g8 k1")
+    box = configs.boxes_of(config, ConvProblem.parse("n1c64d8h56w56k64f3p1"))
+    assert box is not None
+    assert box[0] * box[1] * box[2] == 128
+    assert all(o % b == 0 for o, b in zip((8, 56, 56), box, strict=True))
+    # 7 x 7 planes would waste a quarter of a tile and more
+    assert configs.boxes_of(config, ConvProblem.parse("n1c64d1h7w7k64f3p1")) is None
+    for text, why in {
+        "n1c64d8h56w56k64f3p1s2": "stride 1",
+        "n1c64d8h56w56k64f3p1g2": "groups",
+        "n1c45d8h56w56k64f3p1": "16 bytes",
+    }.items():
+        assert why in configs.why_no_boxes(ConvProblem.parse(text), torch.bfloat16)

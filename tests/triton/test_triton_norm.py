@@ -1,0 +1,168 @@
+"""Training batch norm in Triton, forward and backward, against float64; run by the interpreter on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import ROUNDING, assert_keeps_promise, relative_error
+
+from r3d_kernels.triton import norm
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(2, 7, 3, 5, 6), (1, 64, 4, 8, 8), (3, 65, 2, 5, 9), (2, 1, 1, 1, 1), (1, 230, 1, 3, 3)]
+
+
+def exact(x, gamma, beta, residual, eps, activation, dy):
+    """y, and the gradients of x, gamma, beta and residual, in float64; the mask is that of the float64 y."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, gamma, beta, residual)]
+    wide, g, b, r = leaves
+    y = F.batch_norm(wide, None, None, g, b, True, 0.0, eps)
+    y = y if r is None else y + r
+    y = y.relu() if activation else y
+    y.backward(dy.double())
+    return y.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def case(shape, dtype, mean=0.0, std=1.0, affine=True, residual=True):
+    x = (torch.randn(shape) * std + mean).to(dtype)
+    gamma = torch.randn(shape[1]) + 2 if affine else None
+    beta = torch.randn(shape[1]) if affine else None
+    r = torch.randn(shape).to(dtype) if residual else None
+    return x, gamma, beta, r
+
+
+def run(x, gamma, beta, residual, activation, dy, eps=1e-5):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, gamma, beta, residual)]
+    y, mean, var = norm.batch_norm_act(*leaves, eps=eps, activation=activation)
+    y.backward(dy)
+    return y.detach(), mean, var, [None if t is None else t.grad for t in leaves]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_forward_and_backward(shape, dtype, residual, activation, affine) -> None:
+    tensors = case(shape, dtype, 0.3, 2.0, affine, residual)
+    dy = torch.randn(shape).to(dtype)
+    y, mean, var, grads = run(*tensors, activation, dy)
+    want, want_grads = exact(*tensors, 1e-5, activation, dy)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert y.dtype == dtype
+    assert_keeps_promise(y, want)
+    wide = tensors[0].double()
+    assert_keeps_promise(mean, wide.mean((0, 2, 3, 4)), magnitude=shape[1] ** 0.5)
+    assert_keeps_promise(var, wide.var((0, 2, 3, 4), unbiased=False))
+    for name, ours, theirs in zip(("x", "gamma", "beta", "residual"), grads, want_grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            # two values a channel: dx is the small difference of large terms
+            assert_keeps_promise(ours, theirs, magnitude=dy.double().norm().item()), name
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1e3, 1.0), (-3e4, 1.0), (1e4, 1e-1)])
+def test_a_mean_far_above_the_deviation(mean: float, std: float) -> None:
+    """Where the mean square minus the squared mean has no digits left; rows enough for several parts."""
+    x, gamma, beta, _ = case((2, 5, 9, 15, 16), torch.float32, mean, std, residual=False)
+    y, got, var, _ = run(x, gamma, beta, None, None, torch.ones_like(x))
+    wide = x.double()
+    want = wide.var((0, 2, 3, 4), unbiased=False)
+    assert relative_error(var, want) < 1e-5
+    assert relative_error(got, wide.mean((0, 2, 3, 4))) < 1e-6
+    exact_y, _ = exact(x, gamma, beta, None, 1e-5, None, torch.ones_like(x))
+    # the mean itself is a float32: half an ulp of it, in deviations
+    assert relative_error(y, exact_y) < 5e-6 + abs(mean) / std * 2.0**-23
+    stock = F.batch_norm(x, None, None, gamma, beta, True, 0.0, 1e-5)
+    assert relative_error(y, exact_y) < 2 * relative_error(stock, exact_y) + 5e-6
+
+
+def test_many_parts() -> None:
+    plan = norm._plan((2, 5, 9, 15, 16))
+    assert plan.parts > 2
+    assert plan.parts * plan.per_part >= plan.m > (plan.parts - 1) * plan.per_part
+
+
+def test_same_bits_every_time() -> None:
+    tensors = case((2, 20, 5, 16, 16), torch.float32)
+    dy = torch.randn_like(tensors[0])
+    first, second = (run(*tensors, "relu", dy) for _ in range(2))
+    for a, b in zip([*first[:3], *first[3]], [*second[:3], *second[3]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_agrees_with_torch_in_half_precision() -> None:
+    """At most twice the stock layers' error, plus the output's rounding."""
+    for dtype in DTYPES[1:]:
+        x, gamma, beta, r = case((2, 24, 3, 6, 7), dtype, 1.0, 3.0)
+        y, *_ = run(x, gamma, beta, r, "relu", torch.ones_like(x))
+        want, _ = exact(x, gamma, beta, r, 1e-5, "relu", torch.ones_like(x))
+        stock = (F.batch_norm(x, None, None, gamma, beta, True, 0.0, 1e-5) + r).relu()
+        assert relative_error(y, want) <= 2 * relative_error(stock, want) + ROUNDING[dtype]
+
+
+def test_not_a_number_stays_in_its_channel() -> None:
+    x = torch.randn(1, 3, 2, 4, 4)
+    x[0, 1, 0, 0, 0] = float("nan")
+    y, _, _ = norm.batch_norm_act(x)
+    assert y[:, 1].isnan().all()
+    assert torch.isfinite(y[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck(affine: bool) -> None:
+    x, gamma, beta, r = case((2, 5, 2, 3, 4), torch.float32, affine=affine)
+    for t in (x, gamma, beta, r):
+        if t is not None:
+            t.requires_grad_()
+    torch.library.opcheck(torch.ops.r3d_kernels.triton_batch_norm_act, (x, gamma, beta, r, 1e-5, "relu"))
+    x = x.detach()
+    statistics = torch.stack([x.mean((0, 2, 3, 4)), x.var((0, 2, 3, 4))])
+    torch.library.opcheck(
+        torch.ops.r3d_kernels.triton_batch_norm_act_backward,
+        (torch.randn_like(x), x, x.relu(), statistics, None if gamma is None else gamma.detach(), True, 1e-5),
+    )
+
+
+def test_under_compile() -> None:
+    x, gamma, beta, r = case((1, 6, 2, 3, 4), torch.float32)
+
+    def f(x):
+        return norm.batch_norm_act(x * 2, gamma, beta, r)[0]
+
+    assert torch.equal(f(x), torch.compile(f, backend="aot_eager", fullgraph=True)(x))
+
+
+X = torch.zeros(2, 6, 3, 5, 5)
+WRONG = {
+    "rank": ({"x": torch.zeros(6, 3)}, ValueError, r"x: expected 5 dimensions.*\[6, 3\]"),
+    "dtype": ({"x": X.double()}, TypeError, "x: expected float32, bfloat16 or float16, got torch.float64"),
+    "one value": (
+        {"x": X[:1, :, :1, :1, :1]},
+        ValueError,
+        "x: expected more than one value for each channel",
+    ),
+    "empty": ({"x": X[:0]}, ValueError, "x: expected more than one value for each channel"),
+    "gamma alone": (
+        {"beta": None},
+        ValueError,
+        "gamma: expected both gamma and beta or neither, got only gamma",
+    ),
+    "gamma": ({"gamma": torch.zeros(5)}, ValueError, r"gamma: expected shape \[6\], got \[5\]"),
+    "beta": ({"beta": torch.zeros(6).half()}, TypeError, "beta: expected torch.float32, got torch.float16"),
+    "residual": ({"residual": X[:1]}, ValueError, "residual: expected shape"),
+    "residual dtype": ({"residual": X.half()}, TypeError, "residual: expected torch.float32, the dtype of x"),
+    "eps": ({"eps": -1.0}, ValueError, "eps: expected a number >= 0, got -1.0"),
+    "activation": ({"activation": "gelu"}, ValueError, "activation: expected 'relu' or None, got 'gelu'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input(name: str) -> None:
+    change, error, message = WRONG[name]
+    valid = {"x": X, "gamma": torch.zeros(6), "beta": torch.zeros(6)}
+    with pytest.raises(error, match=message):
+        norm.batch_norm_act(**{**valid, **change})

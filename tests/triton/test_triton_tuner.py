@@ -1,0 +1,207 @@
+"""Choosing a Triton configuration: nothing that computes something else may win, and the cost is bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from r3d_kernels import backends, tuning
+from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import backend, config, conv3d, tuner
+from r3d_kernels.triton.config import Config
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+P = ConvProblem.parse("n3c16d2h3w4k16f1x1x3p0x0x1+res+relu")
+SMALL = [Config.parse(f"tiled {m}x16x16 w4 s2 g8 k1") for m in (16, 32, 64)]
+
+
+def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    t = P.tensors(dtype)
+    return t.x, t.weight, torch.rand(P.k) + 0.5, torch.randn(P.k), t.residual
+
+
+def launch(wanted: Config):
+    return conv3d.forward(P, wanted, config.precision_of(torch.float32), True, True)
+
+
+def spoiled(which: Config, how):
+    """A launch that computes something else with one configuration."""
+
+    def make(wanted: Config):
+        run = launch(wanted)
+        return (lambda *tensors: how(run(*tensors))) if wanted == which else run
+
+    return make
+
+
+def fastest(make, seconds, budget=100.0, clock=lambda: 0.0):
+    tensors = operands()
+    times = iter(seconds)
+
+    def measure(run) -> float:
+        run()
+        return next(times)
+
+    expected = tuner.reference(P, tensors)
+    return tuner.fastest(SMALL, make, tensors, "ieee", expected, measure, budget, clock)
+
+
+def test_all_are_measured_in_order() -> None:
+    assert fastest(launch, [3.0, 1.0, 2.0]) == dict(zip(SMALL, [3.0, 1.0, 2.0], strict=True))
+
+
+def one_element(y: torch.Tensor) -> torch.Tensor:
+    y[-1, -1, -1, -1, -1] += 1.0
+    return y
+
+
+@pytest.mark.parametrize(
+    "how",
+    [one_element, lambda y: y * 1.01, lambda y: y * float("nan"), torch.zeros_like],
+    ids=["one element of the last sample", "all of them a little", "nan", "zeros"],
+)
+def test_a_wrong_result_cannot_win(how, caplog) -> None:
+    with caplog.at_level("WARNING", logger="r3d_kernels"):
+        seconds = fastest(spoiled(SMALL[1], how), [3.0, 2.0])
+    assert list(seconds) == [SMALL[0], SMALL[2]]
+    assert "elements of sample" in caplog.text
+
+
+def test_a_configuration_that_does_not_compile_is_passed_over() -> None:
+    def make(wanted: Config):
+        if wanted == SMALL[0]:
+            raise ValueError("out of resource: shared memory")
+        return launch(wanted)
+
+    assert list(fastest(make, [3.0, 2.0])) == SMALL[1:]
+
+
+def test_where_nothing_works_it_says_why() -> None:
+    def make(wanted: Config):
+        raise ValueError("out of resource\nand a long story")
+
+    with pytest.raises(
+        RuntimeError, match=r"no Triton configuration works here: tiled 16x16x16.*out of resource;"
+    ):
+        fastest(make, [])
+
+
+def test_the_budget_ends_the_search_but_not_before_one_is_found() -> None:
+    now = iter([0.0, 50.0, 200.0])
+    assert list(fastest(launch, [1.0, 1.0], budget=100.0, clock=lambda: next(now))) == SMALL[:2]
+    now = iter([0.0, 200.0, 300.0])
+    assert list(fastest(launch, [1.0], budget=100.0, clock=lambda: next(now))) == SMALL[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_right_results_agree_with_the_reference(dtype: torch.dtype) -> None:
+    tensors = operands(dtype)
+    precision = config.precision_of(dtype)
+    y = conv3d.forward(P, SMALL[0], precision, True, True)(*tensors)
+    expected = tuner.reference(P, tensors)
+    assert [i for i, _ in expected] == [0, P.n - 1]
+    assert tuner.disagreement(y, expected, precision) is None
+
+
+def test_untuned_calls_take_the_default(monkeypatch) -> None:
+    monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured"))
+    where = config.machine(torch.device("cpu"))
+    chosen = tuner.config_for(P, "ieee", launch, operands())
+    assert chosen == config.default(P, torch.float32, "ieee", where)
+
+
+def test_measured_once_and_remembered(monkeypatch, tmp_path) -> None:
+    """The cache on disk is the one that all kernels share."""
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())
+    times = iter([3.0, 1.0, 2.0])
+
+    def measure(run) -> float:
+        run()
+        return next(times)
+
+    monkeypatch.setattr(tuner, "gpu_seconds", measure)
+    arguments = (P, "ieee", launch, operands(), SMALL, "a machine", "a layer")
+    assert tuner._measured(*arguments) == SMALL[1]
+    monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())  # a new process
+    monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured again"))
+    assert tuner._measured(*arguments) == SMALL[1]
+    assert tuning.shared.get("a machine", "a layer")["seconds"] == {
+        str(c): s for c, s in zip(SMALL, [3.0, 1.0, 2.0], strict=True)
+    }
+
+
+def test_what_cannot_be_compared_is_not_remembered(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())
+    x, *others = operands()
+    x[0, 0, 0, 0, 0] = float("nan")
+    assert tuner._measured(P, "ieee", launch, (x, *others), SMALL, "a machine", "a layer") is None
+    assert tuning.shared.get("a machine", "a layer") is None
+
+
+def test_torchs_switch_decides_the_precision(monkeypatch) -> None:
+    assert config.precision_of(torch.bfloat16) == config.precision_of(torch.float16) == "half"
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert config.precision_of(torch.float32) == "tf32"
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert config.precision_of(torch.float32) == "ieee"
+
+
+# ---- the kernel among the others ----
+
+
+def request(**change) -> backends.Request:
+    return dataclasses.replace(backends.Request(P, torch.float32, torch.device("cuda"), 1), **change)
+
+
+def on_gpu(monkeypatch, arch: int = 90) -> backend.TritonConv3d:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(config, "machine", lambda device: config.Machine(arch, 132, 232448))
+    return backend.TritonConv3d()
+
+
+def test_says_why_not(monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert backend.TritonConv3d().can_run(request()) == "no CUDA device is available"
+    kernel = on_gpu(monkeypatch)
+    assert kernel.can_run(request()) is None
+    assert "float32, bfloat16 and float16 only" in kernel.can_run(request(dtype=torch.float64))
+    assert "needs a CUDA tensor, got xpu" in kernel.can_run(request(device=torch.device("xpu")))
+    assert "8.0 or later, got 7.5" in on_gpu(monkeypatch, 75).can_run(request())
+    kernel = on_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "CUDA graph" in kernel.can_run(request())
+    monkeypatch.setattr(backend, "why_no_triton", lambda: "Triton cannot be imported (gone)")
+    assert "cannot be imported (gone)" in kernel.can_run(request())
+
+
+def test_runs_again_when_the_precision_changes() -> None:
+    kernel, tensors = backend.TritonConv3d(), operands()
+    pack = backend._Pack(*tensors[1:4])
+    r = request(device=torch.device("cpu"))
+    for allowed, precision in ((True, "tf32"), (False, "ieee"), (True, "tf32")):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            kernel.run(pack, tensors[0], tensors[4], r)
+            assert pack.launches[id(r)][1] == precision
+
+
+def test_errors_of_triton_become_runtime_errors(monkeypatch) -> None:
+    """What `backends.choose` catches when it tries a kernel before it may be chosen."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fails(*args):
+        raise CompilationError("at 3:4: no")
+
+    monkeypatch.setattr(conv3d, "chosen", fails)
+    tensors = operands()
+    pack = backend._Pack(*tensors[1:4])
+    with pytest.raises(RuntimeError, match="Triton: CompilationError: at 3:4: no"):
+        backend.TritonConv3d().run(pack, tensors[0], tensors[4], request(device=torch.device("cpu")))
