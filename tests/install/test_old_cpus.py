@@ -151,7 +151,7 @@ print(r3d.backends.describe()["isa"])
 
 @emulated
 @pytest.mark.parametrize("cpu", ["Haswell", "Nehalem"])  # torch needs SSE4 itself
-def test_the_package_on_older_processors(cpu: str) -> None:
+def test_the_package_on_older_processors(cpu: str, tmp_path: Path) -> None:
     """The library as it was built and linked for this Python, with torch around it."""
     if OLD[cpu] == "avx2" and not emulates_avx2():
         pytest.skip(f"{QEMU} is too old to emulate AVX2 (7.2 can)")
@@ -164,6 +164,7 @@ def test_the_package_on_older_processors(cpu: str) -> None:
         text=True,
         timeout=900,
         env=environment,
+        cwd=tmp_path,  # not in a checkout, which would be imported first
     )
     if crashed_on_an_instruction(done) and not done.stdout:
         pytest.skip(f"torch {torch.__version__} itself does not run on a {cpu}")

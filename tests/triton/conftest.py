@@ -17,6 +17,8 @@ import pytest
 
 _CHILD = "R3D_TRITON_TEST_REPORTS"  # the file that the child writes its reports to
 _TIMEOUT = 1800
+# `-m pytest` would put the current folder first on the path, and with it a checkout in place of the package under test.
+_PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def have_triton() -> bool:
@@ -77,7 +79,7 @@ def _run_child(session: pytest.Session) -> dict:
         path = Path(folder) / "reports"
         path.touch()
         env = {**os.environ, "TRITON_INTERPRET": "1", _CHILD: str(path), "PYTEST_ADDOPTS": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}", *ids]
+        command = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", f"--rootdir={root}", *ids]
         try:
             done = subprocess.run(
                 command, cwd=root, env=env, capture_output=True, text=True, timeout=_TIMEOUT
