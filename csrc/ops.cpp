@@ -204,26 +204,7 @@ Tensor empty_channels_last(const Ints& shape, const Tensor& like) {
 // ---- convolution
 // ---------------------------------------------------------------------------------------------------
 
-// "direct", or "winograd" with the tile's outputs along depth, height and width: "winograd244"
-int algorithm_of(const std::string& s, const Dim3& kernel) {
-  if (s == "direct") return 0;
-  std::string known = "'direct'";
-  for (const cpu::WinogradTile& t : cpu::kWinogradTiles) {
-    const std::string name = "winograd" + std::to_string(t.code());
-    known += ", '" + name + "'";
-    if (s != name) continue;
-    ConvGeometry g{};
-    g.kernel = kernel;
-    g.stride = g.dilation = {1, 1, 1};
-    const char* why_not = cpu::winograd_refuses(t, g);
-    R3D_CHECK(!why_not, "algorithm: ", s, " cannot pack kernel ", text({kernel.d, kernel.h, kernel.w}), ": ",
-              why_not ? why_not : "");
-    return t.code();
-  }
-  fail("algorithm: expected one of ", known, ", got '", s, "'");
-}
-
-Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dtype, std::string algorithm) {
+Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dtype) {
   R3D_CHECK(weight.dim() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ",
             text(sizes(weight)));
   R3D_CHECK(weight.numel() > 0, "weight: expected at least one element, got shape ", text(sizes(weight)));
@@ -247,12 +228,10 @@ Tensor conv3d_pack_cpu(Tensor weight, std::optional<Tensor> scale, ScalarType dt
   const cpu::KernelTraits traits = cpu::kernel_traits(isa, type);
   const Dim3 kernel{weight.size(2), weight.size(3), weight.size(4)};
   const int64_t c = weight.size(1);
-  const int winograd = algorithm_of(algorithm, kernel);
-  Tensor packed =
-      torch::stable::empty(Ints{cpu::packed_bytes(k, c, kernel, traits, winograd)}, ScalarType::Byte);
+  Tensor packed = torch::stable::empty(Ints{cpu::packed_bytes(k, c, kernel, traits)}, ScalarType::Byte);
   // Multiplied in float64 while it is copied: no wide copy of the weights.
   auto pack = [&](const auto* w) {
-    cpu::pack_weights(w, factors, k, c, kernel, traits, winograd, packed.mutable_data_ptr());
+    cpu::pack_weights(w, factors, k, c, kernel, traits, packed.mutable_data_ptr());
   };
   const ScalarType stored = weight.scalar_type();
   const bool as_it_is =
@@ -303,25 +282,20 @@ Tensor conv3d_bias_act_cpu(Tensor x, Tensor packed, Tensor bias, std::optional<T
   return y;
 }
 
-Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
-                        std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
-                        std::string activation, int64_t slices, Ints tile) {
+// A kernel that reads the parameter itself. Args: conv, scale, weight_channels_last. refuses(a) says what the
+// kernel cannot do, place(a, x) brings x into a layout that it reads, run(a) runs it.
+template <class Args, class Refuses, class Place, class Run>
+Tensor on_parameter(Args a, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                    const Tensor& bias, const std::optional<Tensor>& residual, const Ints& stride,
+                    const Ints& padding, const Ints& dilation, const std::string& activation, Refuses refuses,
+                    Place place, Run run) {
   const Ints input = sizes(x), w = sizes(weight);
   R3D_CHECK(w.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(w));
-  cpu::TilesArgs a{};
   a.conv.activation = activation_of(activation);
   a.conv.g = geometry(input, w[0], w[1], {w[2], w[3], w[4]}, stride, padding, dilation, 1);
   a.conv.dtype = dtype_of(x, "x");
-  a.weight_dtype = dtype_of(weight, "weight");
-  R3D_CHECK(a.weight_dtype == a.conv.dtype, "weight: expected the dtype of x, ", name(x.scalar_type()),
-            ", got ", name(weight.scalar_type()));
-  R3D_CHECK(weight.is_cpu(), "weight: expected a tensor on the device of x");
-  R3D_CHECK(tile.size() == 3, "tile: expected 3 integers (depth, height, width), got ", tile.size());
-  for (int64_t m : tile) R3D_CHECK(m >= 1 && m <= 4, "tile: expected integers 1 to 4, got ", text(tile));
-  a.tile = {static_cast<int>(tile[0]), static_cast<int>(tile[1]), static_cast<int>(tile[2])};
-  R3D_CHECK(slices >= 1 && slices <= 3, "slices: expected 1, 2 or 3, got ", slices);
-  a.slices = static_cast<int>(slices);
-  if (const char* why_not = cpu::tiles_refuse(a)) fail(why_not);
+  check_same(weight, "weight", x);
+  if (const std::string why_not = refuses(a); !why_not.empty()) fail(why_not);
   auto vector = [&](const Tensor& t, const char* argument) {
     R3D_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == w[0],
               argument, ": expected a float32 CPU tensor of shape [", w[0], "], got ", name(t.scalar_type()),
@@ -329,10 +303,9 @@ Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Te
     return plain(t);
   };
   a.weight_channels_last = !weight.is_contiguous() && is_channels_last(weight);
-  const Tensor xl = channels_last(x), wp = a.weight_channels_last ? weight : plain(weight);
-  const Tensor b = vector(bias, "bias");
-  const Tensor s = scale ? vector(*scale, "scale") : b;
-  Tensor r = xl;
+  const Tensor xp = place(a, x), wp = a.weight_channels_last ? weight : plain(weight);
+  const Tensor b = vector(bias, "bias"), s = scale ? vector(*scale, "scale") : b;
+  Tensor r = xp;
   if (residual) {
     check_same(*residual, "residual", x);
     check_residual_shape(sizes(*residual), output_shape(a.conv.g));
@@ -341,13 +314,60 @@ Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Te
   }
   Tensor y = empty_channels_last(output_shape(a.conv.g), x);
   if (y.numel() == 0) return y;
-  a.conv.x = xl.const_data_ptr();
+  a.conv.x = xp.const_data_ptr();
   a.conv.weight = wp.const_data_ptr();
   a.conv.bias = static_cast<const float*>(b.const_data_ptr());
   a.scale = scale ? static_cast<const float*>(s.const_data_ptr()) : nullptr;
   a.conv.y = y.mutable_data_ptr();
-  cpu::conv3d_tiles(a, cpu::active_isa() == cpu::Isa::kAmx);
+  run(a);
   return y;
+}
+
+constexpr auto kChannelsLast = [](const auto&, const Tensor& x) { return channels_last(x); };
+
+// A tile that the caller asks for: outputs along depth, height and width.
+cpu::WinogradTile tile_of(const Ints& tile) {
+  R3D_CHECK(tile.size() == 3, "tile: expected 3 integers (depth, height, width), got ", tile.size());
+  for (int64_t m : tile) R3D_CHECK(m >= 1 && m <= 4, "tile: expected integers 1 to 4, got ", text(tile));
+  return {static_cast<int>(tile[0]), static_cast<int>(tile[1]), static_cast<int>(tile[2])};
+}
+
+Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                        std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
+                        std::string activation, int64_t slices, Ints tile) {
+  cpu::TilesArgs args{};
+  args.tile = tile_of(tile);
+  R3D_CHECK(slices >= 1 && slices <= 3, "slices: expected 1, 2 or 3, got ", slices);
+  args.slices = static_cast<int>(slices);
+  args.weight_dtype = dtype_of(weight, "weight");
+  return on_parameter(
+      args, x, weight, scale, bias, residual, stride, padding, dilation, activation,
+      [](const cpu::TilesArgs& a) {
+        const char* why_not = cpu::tiles_refuse(a);
+        return std::string(why_not ? why_not : "");
+      },
+      kChannelsLast,
+      [](const cpu::TilesArgs& a) { cpu::conv3d_tiles(a, cpu::active_isa() == cpu::Isa::kAmx); });
+}
+
+Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                           std::optional<Tensor> residual, Ints padding, std::string activation, Ints tile) {
+  cpu::WinogradArgs args{};
+  args.tile = tile_of(tile);
+  const cpu::WinogradTile known = cpu::winograd_tile(args.tile.code());
+  std::string tiles;
+  for (const cpu::WinogradTile& t : cpu::kWinogradTiles)
+    tiles += (tiles.empty() ? "" : ", ") + text({t.d, t.h, t.w});
+  R3D_CHECK(known.d, "tile: expected one of ", tiles, ", got ", text(tile));
+  return on_parameter(
+      args, x, weight, scale, bias, residual, {1, 1, 1}, padding, {1, 1, 1}, activation,
+      [&](const cpu::WinogradArgs& a) {
+        const char* why_not = cpu::winograd_refuses(a.tile, a.conv.g);
+        return why_not ? "tile: " + text(tile) + ", kernel " +
+                             text({a.conv.g.kernel.d, a.conv.g.kernel.h, a.conv.g.kernel.w}) + ": " + why_not
+                       : "";
+      },
+      kChannelsLast, [](const cpu::WinogradArgs& a) { cpu::conv3d_winograd(a); });
 }
 
 // ---- pooling and head
@@ -776,7 +796,7 @@ const bool g_pool_installed = [] {
 }  // namespace r3d
 
 STABLE_TORCH_LIBRARY(r3d_kernels, m) {
-  m.def("conv3d_pack(Tensor weight, Tensor? scale, ScalarType dtype, str algorithm='direct') -> Tensor");
+  m.def("conv3d_pack(Tensor weight, Tensor? scale, ScalarType dtype) -> Tensor");
   m.def(
       "conv3d_bias_act(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int out_channels, int[] "
       "kernel_size, "
@@ -785,6 +805,9 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "conv3d_tiles(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] "
       "padding, int[] dilation, str activation, int slices, int[] tile) -> Tensor");
+  m.def(
+      "conv3d_winograd(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] padding, "
+      "str activation, int[] tile) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
@@ -799,6 +822,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_pack", TORCH_BOX(&r3d::conv3d_pack_cpu));
   m.impl("conv3d_bias_act", TORCH_BOX(&r3d::conv3d_bias_act_cpu));
   m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
+  m.impl("conv3d_winograd", TORCH_BOX(&r3d::conv3d_winograd_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));

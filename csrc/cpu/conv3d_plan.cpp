@@ -5,7 +5,6 @@
 
 #include "numbers.h"
 #include "parallel.h"
-#include "winograd.h"
 
 namespace r3d::cpu {
 namespace {
@@ -59,10 +58,7 @@ int64_t plan_steps(const std::vector<Chunk>& chunks) {
   return chunks.empty() ? 0 : chunks.back().packed + chunks.back().steps;
 }
 
-int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits, int winograd) {
-  if (winograd)
-    return static_cast<int64_t>(sizeof(PackHeader)) +
-           winograd_payload_bytes(winograd_tile(winograd), k, c, traits.lanes);
+int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits) {
   // One step holds one float32 or one bfloat16 pair a channel: four bytes either way.
   return static_cast<int64_t>(sizeof(PackHeader)) +
          4 * plan_steps(plan_chunks(c, kernel, traits)) * round_up(k, traits.lanes);
@@ -70,28 +66,21 @@ int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTrait
 
 template <class T>
 void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, const Dim3& kernel,
-                  const KernelTraits& traits, int winograd, void* out) {
+                  const KernelTraits& traits, void* out) {
   const std::vector<Chunk> chunks = plan_chunks(c, kernel, traits);
   const int64_t steps = plan_steps(chunks), taps = kernel.volume();
   PackHeader header{};
   header.magic = kPackMagic;
   header.isa = static_cast<int32_t>(traits.isa);
-  header.dot = traits.dot && !winograd;
-  header.winograd = winograd;
+  header.dot = traits.dot;
   header.t = static_cast<int32_t>(kernel.d);
   header.r = static_cast<int32_t>(kernel.h);
   header.s = static_cast<int32_t>(kernel.w);
   header.c = c;
   header.k = k;
-  header.bytes = packed_bytes(k, c, kernel, traits, winograd);
+  header.bytes = packed_bytes(k, c, kernel, traits);
   std::memcpy(out, &header, sizeof header);
   char* payload = static_cast<char*>(out) + sizeof header;
-  if (winograd) {
-    winograd_pack(weight, scale, k, c, winograd_tile(winograd), traits.lanes, traits.panel,
-                  reinterpret_cast<float*>(payload));
-    return;
-  }
-
   const int64_t padded = round_up(k, traits.lanes), panels = (k + traits.panel - 1) / traits.panel;
   // tasks: (panel, chunk)
   parallel_for(panels * static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
@@ -125,11 +114,11 @@ void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, co
 }
 
 template void pack_weights(const float*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           int, void*);
+                           void*);
 template void pack_weights(const double*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           int, void*);
+                           void*);
 template void pack_weights(const uint16_t*, const double*, int64_t, int64_t, const Dim3&, const KernelTraits&,
-                           int, void*);
+                           void*);
 
 const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& g, DType dtype) {
   PackHeader h;
@@ -142,14 +131,8 @@ const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& 
   if (h.isa < 0 || h.isa > static_cast<int>(best_isa()))
     return "made for an instruction set that this machine lacks";
   const KernelTraits traits = kernel_traits(static_cast<Isa>(h.isa), dtype);
-  if (h.winograd) {
-    const WinogradTile tile = winograd_tile(h.winograd);
-    if (!tile.d) return "damaged";
-    if (const char* why_not = winograd_refuses(tile, g)) return why_not;
-  } else if (traits.dot != static_cast<bool>(h.dot)) {
-    return "made for another dtype";
-  }
-  return packed_bytes(g.k, g.c, g.kernel, traits, h.winograd) == bytes ? nullptr : "damaged";
+  if (traits.dot != static_cast<bool>(h.dot)) return "made for another dtype";
+  return packed_bytes(g.k, g.c, g.kernel, traits) == bytes ? nullptr : "damaged";
 }
 
 }  // namespace r3d::cpu

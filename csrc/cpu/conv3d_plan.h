@@ -44,20 +44,18 @@ struct PackHeader {
   int32_t t, r, s;
   int64_t c, k;
   int64_t bytes;
-  int32_t winograd;  // code of the tile (winograd.h), or 0 for the direct kernel
-  int32_t reserved[3];
+  int32_t reserved[4];
 };
 static_assert(sizeof(PackHeader) == 64, "the payload behind the header must stay 64-byte aligned");
 
 constexpr uint32_t kPackMagic = 0x52334431;  // "R3D1"
 
-// `winograd` is a tile's code, or 0: as in PackHeader.
-int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits, int winograd);
+int64_t packed_bytes(int64_t k, int64_t c, const Dim3& kernel, const KernelTraits& traits);
 // weight: [K, C, T, R, S] of T = float, double or uint16_t (bfloat16 bits); scale: [K] or null, multiplied in
 // float64.
 template <class T>
 void pack_weights(const T* weight, const double* scale, int64_t k, int64_t c, const Dim3& kernel,
-                  const KernelTraits& traits, int winograd, void* out);
+                  const KernelTraits& traits, void* out);
 // nullptr when `packed` fits the problem, otherwise what is wrong with it.
 const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& g, DType dtype);
 

@@ -17,7 +17,6 @@ void conv3d(const ConvArgs& args) {
   if (args.g.pixels() == 0 || args.g.k == 0) return;
   const auto& header = *static_cast<const PackHeader*>(args.weight);
   const Isa isa = static_cast<Isa>(header.isa);
-  if (header.winograd) return kernels(isa).winograd(args, header.winograd);
   const KernelTraits traits = kernel_traits(isa, args.dtype);
   const std::vector<Chunk> chunks = plan_chunks(args.g.c, args.g.kernel, traits);
   const int count = static_cast<int>(chunks.size());
@@ -28,6 +27,10 @@ void conv3d(const ConvArgs& args) {
   const Kernels& k = kernels(isa);
   (args.dtype == DType::kBFloat16 ? k.conv3d_bf16 : k.conv3d_f32)(args, chunks.data(), count, steps,
                                                                   traits.chunk);
+}
+
+void conv3d_winograd(const WinogradArgs& args) {
+  if (args.conv.g.pixels() && args.conv.g.k) kernels(active_isa()).winograd(args);
 }
 
 void max_pool3d(const PoolArgs& args) { kernels(active_isa()).max_pool3d(args); }

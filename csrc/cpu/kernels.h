@@ -31,7 +31,7 @@ namespace r3d::cpu {
 struct Kernels {
   void (*conv3d_f32)(const ConvArgs&, const Chunk*, int, int64_t, int);
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
-  void (*winograd)(const ConvArgs&, int);  // a tile code of winograd.h; float32 arithmetic
+  void (*winograd)(const WinogradArgs&);                                  // float32 arithmetic
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
   void (*bn_act)(const BnActArgs&);

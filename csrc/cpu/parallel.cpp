@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -38,11 +39,16 @@ int64_t l2_bytes() {
 void* scratch(int slot, int64_t bytes) {
   static thread_local Arena arena;
   if (arena.bytes[slot] < bytes) {
-    const int64_t want = (bytes + 4095) / 4096 * 4096;
+    // Transforms touch a page for each few cache lines: large pages keep them within reach of the first TLB.
+    constexpr int64_t kHuge = int64_t{2} << 20;
+    const int64_t page = bytes >= kHuge / 8 ? kHuge : 4096, want = (bytes + page - 1) / page * page;
     std::free(arena.data[slot]);
     arena.bytes[slot] = 0;
-    arena.data[slot] = std::aligned_alloc(64, static_cast<size_t>(want));
+    arena.data[slot] = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(want));
     if (!arena.data[slot]) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page == kHuge) madvise(arena.data[slot], static_cast<size_t>(want), MADV_HUGEPAGE);
+#endif
     arena.bytes[slot] = want;
   }
   return arena.data[slot];

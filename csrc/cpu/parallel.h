@@ -28,7 +28,7 @@ void parallel_for(int64_t n, int64_t grain, F&& fn) {
 
 // Scratch memory of the calling thread: 64-byte aligned, kept and reused, grows to the largest request.
 // Slots are independent of one another; a new request on a slot invalidates the previous one on it.
-constexpr int kScratchSlots = 3;
+constexpr int kScratchSlots = 5;
 void* scratch(int slot, int64_t bytes);
 
 // Size of one core's second-level cache; 1 MiB where the system does not tell.

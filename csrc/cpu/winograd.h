@@ -10,31 +10,14 @@ namespace r3d::cpu {
 
 struct Axis1 {  // kernel 1
   static constexpr int taps = 1, m = 1, a = 1;
-  static constexpr float BT[1][1] = {{1}};
-  static constexpr float AT[1][1] = {{1}};
-  static constexpr double G[1][1] = {{1}};
 };
 
 struct Axis2 {  // F(2, 3), points 0, 1, -1, inf
   static constexpr int taps = 3, m = 2, a = 4;
-  static constexpr float BT[4][4] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, -1, 0, 1}};
-  static constexpr float AT[2][4] = {{1, 1, 1, 0}, {0, 1, -1, 1}};
-  static constexpr double G[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 };
 
 struct Axis4 {  // F(4, 3), points 0, 1, -1, 1/2, -2, inf: a third less error than 0, +-1, +-2
   static constexpr int taps = 3, m = 4, a = 6;
-  static constexpr float BT[6][6] = {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, .5f, 2.5f, 1, 0},
-                                     {0, 1, -2.5f, .5f, 1, 0},   {0, -2, -1, 2, 1, 0},
-                                     {0, .5f, -1, -.5f, 1, 0},   {0, 1, -1.5f, -2, 1.5f, 1}};
-  static constexpr float AT[4][6] = {
-      {1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0}, {0, 1, -1, .125f, -8, 1}};
-  static constexpr double G[6][3] = {{1, 0, 0},
-                                     {1. / 3, 1. / 3, 1. / 3},
-                                     {-1. / 3, 1. / 3, -1. / 3},
-                                     {-16. / 15, -8. / 15, -4. / 15},
-                                     {1. / 15, -2. / 15, 4. / 15},
-                                     {0, 0, 1}};
 };
 
 // Outputs of a tile along depth, height and width: 1 where the kernel is 1, else 2 or 4.
@@ -65,10 +48,14 @@ inline const char* winograd_refuses(const WinogradTile& t, const ConvGeometry& g
   return nullptr;
 }
 
-// Packed weights behind the PackHeader: [panel][point][C][panel width] float32.
-int64_t winograd_payload_bytes(const WinogradTile& tile, int64_t k, int64_t c, int lanes);
-template <class T>
-void winograd_pack(const T* weight, const double* scale, int64_t k, int64_t c, const WinogradTile& tile,
-                   int lanes, int panel, float* out);
+struct WinogradArgs {
+  ConvArgs conv;              // weight: the parameter [K, C, T, R, S], of conv.dtype
+  const float* scale;         // [K], multiplied with the sums, or null
+  bool weight_channels_last;  // the parameter lies as [K, T, R, S, C]
+  WinogradTile tile;
+};
+
+// By the kernels of the active instruction set.
+void conv3d_winograd(const WinogradArgs& args);
 
 }  // namespace r3d::cpu

@@ -1,301 +1,616 @@
-// Winograd convolution over channels-last tensors, float32 arithmetic. Included like conv3d_kernel.inl, after
-// it and after lanes.inl.
+// Winograd convolution over channels-last tensors, float32 arithmetic, from the parameter itself. Included
+// like conv3d_kernel.inl, after it and after lanes.inl.
 //
-// A task takes a block of output tiles through three steps, all in scratch memory that fits L2:
-//   V[p][tile][c] = input transform, for every point p of the tile and every input channel
-//   M[p][tile][k] = V[p] * U[p], a small matrix product for each point, one panel of output channels at a
-//   time y             = output transform of M, with bias, residual and activation
+// Three axes with a role each: `p` (depth, unless only depth has a kernel) has tiles of at most two outputs,
+// whose transforms only add and subtract; `y` and `x` have tiles of up to four.
+//   U[point][c][k]    = weights, transformed at every call: little work next to the products that they take
+//   part in V[tile][c / lanes][point][c % lanes] = input transform: what the transform of a vector makes lies
+//   together,
+//                       because scattered stores wait for one cache line each
+//   M[point][tile][k] = V[point] * U[point], a small matrix product for each point
+//   y                 = output transform of M, added up over the planes of `p`, with scale, bias, residual,
+//   activation
+// Many tiles: all weights (or as many output channels as fit a bounded buffer) are transformed first; tasks
+// take blocks of tiles whose V, and whose M for one plane, stay in L2. Few tiles: all inputs are transformed
+// first; tasks take panels of output channels and transform their weights piece by piece, so that those never
+// leave L2.
 
-// out[i] = sum_j MAT[i][j] * in[j], unrolled; zeros and ones cost nothing.
-template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void apply_rows(const float (&mat)[ROWS][COLS], const V::Reg* in,
-                                                             V::Reg* out) {
-#pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i) {
-    V::Reg sum = V::zero();
-    bool empty = true;
-#pragma GCC unroll 6
-    for (int j = 0; j < COLS; ++j) {
-      const float f = mat[i][j];
-      if (f == 0.f) continue;
-      if (empty)
-        sum = f == 1.f ? in[j] : f == -1.f ? V::sub(V::zero(), in[j]) : V::mul(V::set(f), in[j]);
-      else
-        sum = f == 1.f ? V::add(sum, in[j]) : f == -1.f ? V::sub(sum, in[j]) : V::fma(V::set(f), in[j], sum);
-      empty = false;
-    }
-    out[i] = sum;
-  }
+// ---- the transforms of one axis, with as few operations as we could find
+
+static inline __attribute__((always_inline)) void filter_axis(Axis1, const V::Reg* g, V::Reg* u) {
+  u[0] = g[0];
+}
+static inline __attribute__((always_inline)) void filter_axis(Axis2, const V::Reg* g, V::Reg* u) {
+  const V::Reg ends = V::add(g[0], g[2]), half = V::set(.5f);
+  u[0] = g[0];
+  u[1] = V::mul(V::add(ends, g[1]), half);
+  u[2] = V::mul(V::sub(ends, g[1]), half);
+  u[3] = g[2];
+}
+static inline __attribute__((always_inline)) void filter_axis(Axis4, const V::Reg* g, V::Reg* u) {
+  const V::Reg ends = V::add(g[0], g[2]), third = V::set(1.f / 3);
+  u[0] = g[0];
+  u[1] = V::mul(V::add(g[1], ends), third);
+  u[2] = V::mul(V::sub(g[1], ends), third);
+  u[3] = V::mul(V::fma(V::set(4), g[0], V::fma(V::set(2), g[1], g[2])), V::set(-4.f / 15));
+  u[4] = V::mul(V::fma(V::set(4), g[2], V::fma(V::set(-2), g[1], g[0])), V::set(1.f / 15));
+  u[5] = g[2];
 }
 
-template <class AD, class AH, class AW, class T>
+static inline __attribute__((always_inline)) void input_axis(Axis1, const V::Reg* d, V::Reg* v) {
+  v[0] = d[0];
+}
+static inline __attribute__((always_inline)) void input_axis(Axis2, const V::Reg* d, V::Reg* v) {
+  v[0] = V::sub(d[0], d[2]);
+  v[1] = V::add(d[1], d[2]);
+  v[2] = V::sub(d[2], d[1]);
+  v[3] = V::sub(d[3], d[1]);
+}
+static inline __attribute__((always_inline)) void input_axis(Axis4, const V::Reg* d, V::Reg* v) {
+  const V::Reg a = V::sub(d[4], d[2]), b = V::sub(d[3], d[1]), h = V::set(1.5f);
+  v[0] = V::fma(h, b, V::add(V::sub(d[0], d[2]), a));
+  v[1] = V::fma(h, V::add(d[2], d[3]), V::add(a, b));
+  v[2] = V::fma(h, V::sub(d[3], d[2]), V::sub(a, b));
+  v[3] = V::fma(V::set(2), b, a);
+  v[4] = V::fma(V::set(-.5f), b, a);
+  v[5] = V::fma(h, a, V::sub(V::sub(d[5], d[3]), b));
+}
+
+static inline __attribute__((always_inline)) void output_axis(Axis1, const V::Reg* m, V::Reg* y) {
+  y[0] = m[0];
+}
+static inline __attribute__((always_inline)) void output_axis(Axis2, const V::Reg* m, V::Reg* y) {
+  y[0] = V::add(V::add(m[0], m[1]), m[2]);
+  y[1] = V::add(V::sub(m[1], m[2]), m[3]);
+}
+static inline __attribute__((always_inline)) void output_axis(Axis4, const V::Reg* m, V::Reg* y) {
+  const V::Reg s = V::add(m[1], m[2]), t = V::sub(m[1], m[2]);
+  y[0] = V::add(V::add(s, m[0]), V::add(m[3], m[4]));
+  y[1] = V::fma(V::set(-2), m[4], V::fma(V::set(.5f), m[3], t));
+  y[2] = V::fma(V::set(4), m[4], V::fma(V::set(.25f), m[3], s));
+  y[3] = V::add(V::fma(V::set(-8), m[4], V::fma(V::set(.125f), m[3], t)), m[5]);
+}
+
+struct WinogradAxis {
+  int64_t in, out, padding, tiles;
+  int64_t in_step, out_step;  // elements from one position to the next
+};
+
+template <class AP, class AY, class AX, class T>
 struct Winograd {
-  static constexpr int kPoints = AD::a * AH::a * AW::a;
-  static constexpr int64_t kPiece = 64;
-  const ConvArgs& args;
+  static_assert(AP::m <= 2, "the planes of a tile of four outputs would be combined with factors");
+  static constexpr int kPlane = AY::a * AX::a, kPoints = AP::a * kPlane, kOutputs = AY::m * AX::m;
+  static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
+  static constexpr int kMost = V::kPanelVectors;
+  static constexpr int64_t kPiece = 64;             // channels summed at a time
+  static constexpr int64_t kMostWeights = 8 << 20;  // bytes of transformed weights at a time
+
+  const WinogradArgs& args;
   const ConvGeometry& g;
-  const float* weights;
-  int64_t td, th, tw;  // tiles along each axis
+  WinogradAxis p, y, x;
+  int64_t in_sample, out_sample;
 
   struct Place {
-    int64_t n, d, h, w;  // first output of the tile
+    int64_t in, out;  // offsets of the tile's first input, which may lie outside, and of its first output
+    int32_t p, y, x;  // first input along each axis
+    bool inside;      // no input of the tile lies outside
   };
 
   Place place(int64_t tile) const {
-    Place p;
-    p.w = tile % tw * AW::m;
-    tile /= tw;
-    p.h = tile % th * AH::m;
-    tile /= th;
-    p.d = tile % td * AD::m;
-    p.n = tile / td;
-    return p;
+    const int64_t tx = tile % x.tiles * AX::m, left = tile / x.tiles;
+    const int64_t ty = left % y.tiles * AY::m, rest = left / y.tiles;
+    const int64_t tp = rest % p.tiles * AP::m, n = rest / p.tiles;
+    Place at;
+    at.p = static_cast<int32_t>(tp - p.padding);
+    at.y = static_cast<int32_t>(ty - y.padding);
+    at.x = static_cast<int32_t>(tx - x.padding);
+    at.in = n * in_sample + at.p * p.in_step + at.y * y.in_step + at.x * x.in_step;
+    at.out = n * out_sample + tp * p.out_step + ty * y.out_step + tx * x.out_step;
+    at.inside = at.p >= 0 && at.p + AP::a <= p.in && at.y >= 0 && at.y + AY::a <= y.in && at.x >= 0 &&
+                at.x + AX::a <= x.in;
+    return at;
   }
 
-  // One vector of channels of one tile: loads a^3 pixels, transforms along w, h, d, stores a^3 points
-  // `stride` apart.
-  inline __attribute__((always_inline)) void input_vector(const T* const* lines, const bool* inside,
-                                                          int64_t c, int lanes, float* to,
-                                                          int64_t stride) const {
-    V::Reg buf[AD::a][AH::a][AW::a];
-    for (int i = 0; i < AD::a; ++i)
-      for (int j = 0; j < AH::a; ++j) {
-        const T* line = lines[i * AH::a + j];
-        if (!line) {
-          for (int k = 0; k < AW::a; ++k) buf[i][j][k] = V::zero();
-          continue;
+  // ---- weights
+
+  // Lanes k0.. of `count` channels from c0: flat[c][tap][k]
+  void read_weights(int64_t k0, int64_t c0, int count, float* flat) const {
+    const T* w = static_cast<const T*>(args.conv.weight);
+    constexpr int kLanes = V::kLanes;
+    const int64_t ahead = args.weight_channels_last ? kLanes : kTaps * kLanes;  // the next channels
+    auto transposed = [&](int64_t offset, int lanes, int64_t to, int64_t to_step) {
+      V::Reg r[kLanes];
+      const T* from = w + k0 * g.c * kTaps + offset;
+      float* at = flat + to * kLanes;
+      if (lanes == kLanes && k0 + kLanes <= g.k) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          __builtin_prefetch(from + i * g.c * kTaps + ahead, 0, 2);
+          r[i] = ld(from + i * g.c * kTaps);
         }
-        V::Reg in[AW::a];
-        for (int k = 0; k < AW::a; ++k) in[k] = inside[k] ? load_lanes(line + k * g.c + c, lanes) : V::zero();
-        apply_rows(AW::BT, in, buf[i][j]);
+        V::transpose(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i, at += to_step * kLanes) V::store(at, r[i]);
+        return;
       }
-    for (int i = 0; i < AD::a; ++i)
-      for (int k = 0; k < AW::a; ++k) {
-        V::Reg in[AH::a], out[AH::a];
-        for (int j = 0; j < AH::a; ++j) in[j] = buf[i][j][k];
-        apply_rows(AH::BT, in, out);
-        for (int j = 0; j < AH::a; ++j) buf[i][j][k] = out[j];
-      }
-    for (int j = 0; j < AH::a; ++j)
-      for (int k = 0; k < AW::a; ++k) {
-        V::Reg in[AD::a], out[AD::a];
-        for (int i = 0; i < AD::a; ++i) in[i] = buf[i][j][k];
-        apply_rows(AD::BT, in, out);
-        for (int i = 0; i < AD::a; ++i) V::store(to + ((i * AH::a + j) * AW::a + k) * stride, out[i]);
-      }
+      for (int i = 0; i < kLanes; ++i)
+        r[i] = k0 + i < g.k ? load_lanes(from + i * g.c * kTaps, lanes) : V::zero();
+      V::transpose(r);
+      for (int i = 0; i < lanes; ++i, at += to_step * kLanes) V::store(at, r[i]);
+    };
+    if (args.weight_channels_last) {
+      for (int tap = 0; tap < kTaps; ++tap) transposed(tap * g.c + c0, count, tap, kTaps);
+    } else {
+      for (int e = 0; e < count * kTaps; e += kLanes)
+        transposed(c0 * kTaps + e, count * kTaps - e < kLanes ? count * kTaps - e : kLanes, e, 1);
+    }
   }
 
-  void input_tile(const Place& p, float* to, int64_t stride) const {
-    const T* x = static_cast<const T*>(args.x) + p.n * g.in.volume() * g.c;
-    const T* lines[AD::a * AH::a];
-    const int64_t w0 = p.w - g.padding.w;
-    for (int i = 0; i < AD::a; ++i)
-      for (int j = 0; j < AH::a; ++j) {
-        const int64_t id = p.d - g.padding.d + i, ih = p.h - g.padding.h + j;
-        const bool ok = id >= 0 && id < g.in.d && ih >= 0 && ih < g.in.h;
-        lines[i * AH::a + j] = ok ? x + ((id * g.in.h + ih) * g.in.w + w0) * g.c : nullptr;
+  // One plane after the other, so that nothing has to leave the registers.
+  static void filter(const float* flat, float* u, int64_t point) {
+    constexpr int kFace = AY::taps * AX::taps;
+#pragma GCC unroll 4
+    for (int t = 0; t < AP::a; ++t) {
+      V::Reg plane[kFace];
+#pragma GCC unroll 9
+      for (int i = 0; i < kFace; ++i) {
+        V::Reg in[AP::taps], out[AP::a];
+#pragma GCC unroll 3
+        for (int s = 0; s < AP::taps; ++s) in[s] = V::load(flat + (s * kFace + i) * V::kLanes);
+        filter_axis(AP(), in, out);
+        plane[i] = out[t];
       }
-    bool inside[AW::a];
-    for (int k = 0; k < AW::a; ++k) inside[k] = w0 + k >= 0 && w0 + k < g.in.w;
-    int64_t c = 0;
-    for (; c + V::kLanes <= g.c; c += V::kLanes) input_vector(lines, inside, c, V::kLanes, to + c, stride);
-    if (c < g.c) input_vector(lines, inside, c, static_cast<int>(g.c - c), to + c, stride);
-  }
-
-  // One vector of output channels of one tile.
-  inline __attribute__((always_inline)) void output_vector(const Place& p, const float* from, int64_t stride,
-                                                           int64_t k, int lanes, V::Reg bias) const {
-    V::Reg buf[AD::m][AH::a][AW::a];
-    for (int j = 0; j < AH::a; ++j)
-      for (int z = 0; z < AW::a; ++z) {
-        V::Reg in[AD::a], out[AD::m];
-        for (int i = 0; i < AD::a; ++i) in[i] = V::load(from + ((i * AH::a + j) * AW::a + z) * stride);
-        apply_rows(AD::AT, in, out);
-        for (int i = 0; i < AD::m; ++i) buf[i][j][z] = out[i];
+      V::Reg rows[AY::a][AX::taps];
+#pragma GCC unroll 3
+      for (int s = 0; s < AX::taps; ++s) {
+        V::Reg in[AY::taps], out[AY::a];
+#pragma GCC unroll 3
+        for (int r = 0; r < AY::taps; ++r) in[r] = plane[r * AX::taps + s];
+        filter_axis(AY(), in, out);
+#pragma GCC unroll 6
+        for (int r = 0; r < AY::a; ++r) rows[r][s] = out[r];
       }
-    for (int i = 0; i < AD::m; ++i) {
-      if (p.d + i >= g.out.d) break;
-      V::Reg rows[AH::m][AW::a];
-      for (int z = 0; z < AW::a; ++z) {
-        V::Reg in[AH::a], out[AH::m];
-        for (int j = 0; j < AH::a; ++j) in[j] = buf[i][j][z];
-        apply_rows(AH::AT, in, out);
-        for (int j = 0; j < AH::m; ++j) rows[j][z] = out[j];
-      }
-      for (int j = 0; j < AH::m; ++j) {
-        if (p.h + j >= g.out.h) break;
-        V::Reg out[AW::m];
-        apply_rows(AW::AT, rows[j], out);
-        const int64_t at = (((p.n * g.out.d + p.d + i) * g.out.h + p.h + j) * g.out.w + p.w) * g.k + k;
-        for (int z = 0; z < AW::m; ++z) {
-          if (p.w + z >= g.out.w) break;
-          V::Reg v = V::add(out[z], bias);
-          if (args.residual)
-            v = V::add(v, load_lanes(static_cast<const T*>(args.residual) + at + z * g.k, lanes));
-          if (args.activation == Activation::kRelu) v = V::relu(v);
-          store_lanes(static_cast<T*>(args.y) + at + z * g.k, v, lanes);
-        }
+      float* to = u + t * kPlane * point;
+#pragma GCC unroll 6
+      for (int r = 0; r < AY::a; ++r) {
+        V::Reg out[AX::a];
+        filter_axis(AX(), rows[r], out);
+#pragma GCC unroll 6
+        for (int s = 0; s < AX::a; ++s, to += point) V::store(to, out[s]);
       }
     }
   }
 
+  // Channels c0 .. c0+count of a panel; u: where the first of them goes
+  void weights(int64_t k0, int vectors, int64_t c0, int count, float* u, int64_t point) const {
+    float* flat = static_cast<float*>(scratch(0, int64_t{4} * kTaps * V::kLanes * V::kLanes));
+    for (int j = 0; j < vectors; ++j) {
+      read_weights(k0 + j * V::kLanes, c0, count, flat);
+      for (int c = 0; c < count; ++c)
+        filter(flat + c * kTaps * V::kLanes, u + (c * vectors + j) * V::kLanes, point);
+    }
+  }
+
+  // ---- input
+
+  // One vector of channels of one tile. pixels: each pixel of a tile at the border, null where all are `from`
+  // + steps
+  template <bool kInside>
+  inline __attribute__((always_inline)) void input_vector(const T* from, const T* const* pixels, int64_t c,
+                                                          int lanes, float* to) const {
+    alignas(64) float buffer[AY::a][AP::a][AX::a][V::kLanes];
+    const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
+    from += c;
+    for (int j = 0; j < AY::a; ++j, from += row) {
+      const T* at[AP::a];
+#pragma GCC unroll 4
+      for (int t = 0; t < AP::a; ++t) at[t] = from + t * slice;
+      V::Reg in[AP::a][AX::a];
+#pragma GCC unroll 6
+      for (int k = 0; k < AX::a; ++k) {
+        V::Reg slices[AP::a], planes[AP::a];
+#pragma GCC unroll 4
+        for (int t = 0; t < AP::a; ++t) {
+          slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::a + t] + c, lanes);
+          at[t] += column;
+        }
+        input_axis(AP(), slices, planes);
+#pragma GCC unroll 4
+        for (int t = 0; t < AP::a; ++t) in[t][k] = planes[t];
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < AP::a; ++t) {
+        V::Reg out[AX::a];
+        input_axis(AX(), in[t], out);
+#pragma GCC unroll 6
+        for (int k = 0; k < AX::a; ++k) V::store(buffer[j][t][k], out[k]);
+      }
+    }
+    for (int t = 0; t < AP::a; ++t, to += kPlane * V::kLanes)
+      for (int k = 0; k < AX::a; ++k) {
+        V::Reg in[AY::a], out[AY::a];
+#pragma GCC unroll 6
+        for (int j = 0; j < AY::a; ++j) in[j] = V::load(buffer[j][t][k]);
+        input_axis(AY(), in, out);
+#pragma GCC unroll 6
+        for (int j = 0; j < AY::a; ++j) V::store(to + (j * AX::a + k) * V::kLanes, out[j]);
+      }
+  }
+
+  template <bool kInside>
+  void input_vectors(const T* from, const T* const* pixels, float* to) const {
+    int64_t c = 0;
+    for (; c + V::kLanes <= g.c; c += V::kLanes, to += kPoints * V::kLanes)
+      input_vector<kInside>(from, pixels, c, V::kLanes, to);
+    if (c < g.c) input_vector<kInside>(from, pixels, c, static_cast<int>(g.c - c), to);
+  }
+
+  // All channels of one tile; the `next` is fetched meanwhile.
+  void input_tile(const Place& at, const Place& next, const T* zeros, float* to) const {
+    const T* from = static_cast<const T*>(args.conv.x) + at.in;
+    const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
+    if (next.inside) {
+      const T* ahead = static_cast<const T*>(args.conv.x) + next.in;
+      for (int i = 0; i < AP::a; ++i)
+        for (int j = 0; j < AY::a; ++j)
+          for (int k = AX::a > 1 ? AX::a - AX::m : 0; k < AX::a; ++k)
+            for (int64_t c = 0; c < g.c; c += 64 / static_cast<int64_t>(sizeof(T)))
+              __builtin_prefetch(ahead + i * slice + j * row + k * column + c, 0, 2);
+    }
+    if (at.inside) return input_vectors<true>(from, nullptr, to);
+    const T* pixels[AY::a * AX::a * AP::a];
+    for (int j = 0; j < AY::a; ++j)
+      for (int k = 0; k < AX::a; ++k)
+        for (int i = 0; i < AP::a; ++i) {
+          const int64_t ip = at.p + i, iy = at.y + j, ix = at.x + k;
+          const bool ok = ip >= 0 && ip < p.in && iy >= 0 && iy < y.in && ix >= 0 && ix < x.in;
+          pixels[(j * AX::a + k) * AP::a + i] = ok ? from + i * slice + j * row + k * column : zeros;
+        }
+    input_vectors<false>(from, pixels, to);
+  }
+
+  // ---- output
+
+  // One vector of output channels of one tile and plane. sums: of the planes so far, [slice][output][k]
+  inline __attribute__((always_inline)) void output_vector(const Place& at, int t, const float* from,
+                                                           int64_t stride, int64_t k, int lanes, float* sums,
+                                                           int64_t ld) const {
+    V::Reg buffer[AY::m][AX::a];
+    for (int z = 0; z < AX::a; ++z) {
+      V::Reg in[AY::a], out[AY::m];
+#pragma GCC unroll 6
+      for (int j = 0; j < AY::a; ++j) in[j] = V::load(from + (j * AX::a + z) * stride);
+      output_axis(AY(), in, out);
+#pragma GCC unroll 4
+      for (int j = 0; j < AY::m; ++j) buffer[j][z] = out[j];
+    }
+    const int64_t rows = y.out - at.y - y.padding, columns = x.out - at.x - x.padding;
+    const int done = AP::m == 1 ? 0 : t == 2 ? 0 : t == 3 ? 1 : -1;  // the slice that this plane completes
+    const bool finish = done == 0 || (done == 1 && at.p + p.padding + 1 < p.out);
+    const V::Reg bias = load_lanes(args.conv.bias + k, lanes);
+    const V::Reg scale = args.scale ? load_lanes(args.scale + k, lanes) : V::set(1.f);
+    for (int j = 0; j < AY::m; ++j) {
+      V::Reg out[AX::m];
+      output_axis(AX(), buffer[j], out);
+      if (AP::m > 1) {
+#pragma GCC unroll 4
+        for (int z = 0; z < AX::m; ++z) {
+          float* s0 = sums + (j * AX::m + z) * ld;
+          float* s1 = s0 + kOutputs * ld;
+          const V::Reg v = out[z];
+          if (t == 0) {
+            V::store(s0, v);
+          } else if (t == 1) {
+            V::store(s0, V::add(V::load(s0), v));
+            V::store(s1, v);
+          } else if (t == 2) {
+            out[z] = V::add(V::load(s0), v);
+            V::store(s1, V::sub(V::load(s1), v));
+          } else {
+            out[z] = V::add(V::load(s1), v);
+          }
+        }
+      }
+      if (!finish || j >= rows) continue;
+      const int64_t to = at.out + (done == 1 ? p.out_step : 0) + j * y.out_step + k;
+#pragma GCC unroll 4
+      for (int z = 0; z < AX::m; ++z) {
+        if (z >= columns) break;
+        V::Reg v = V::fma(out[z], scale, bias);
+        const int64_t o = to + z * x.out_step;
+        if (args.conv.residual)
+          v = V::add(v, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
+        if (args.conv.activation == Activation::kRelu) v = V::relu(v);
+        store_lanes(static_cast<T*>(args.conv.y) + o, v, lanes);
+      }
+    }
+  }
+
+  // ---- the products of one point
+
+  // m[MR][NV vectors] (+)= v[MR][steps] * u[steps][NV vectors]. kStream: the weights are fetched past L2,
+  // which they would flush; the rows that follow find them in L1.
+  template <int MR, int NV, bool kStream>
+  static void product(const float* v, int64_t ldv, const float* u, float* m, int steps, bool first) {
+    // steps: channels, a vector of them at a time
+    constexpr int kAhead = 2048 / 4;
+    V::Reg acc[MR][NV];
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
+    const float* rows[MR];
+    for (int i = 0; i < MR; ++i) rows[i] = v + i * ldv;
+    auto step = [&](int e) __attribute__((always_inline)) {
+      V::Reg w[NV];
+      for (int j = 0; j < NV; ++j) {
+        if (kStream && j * V::kLanes % 16 == 0) __builtin_prefetch(u + kAhead + j * V::kLanes, 0, 0);
+        w[j] = V::load(u + j * V::kLanes);
+      }
+      for (int i = 0; i < MR; ++i) {
+        const V::Reg a = V::broadcast(rows[i] + e);
+        for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(a, w[j], acc[i][j]);
+      }
+      u += NV * V::kLanes;
+    };
+    for (; steps >= V::kLanes; steps -= V::kLanes) {
+      for (int i = 0; i < MR; ++i)
+        __builtin_prefetch(rows[i] + V::kLanes, 0, kStream ? 3 : 2);  // the next point's
+#pragma GCC unroll 2
+      for (int e = 0; e < V::kLanes; ++e) step(e);
+      for (int i = 0; i < MR; ++i) rows[i] += kPoints * V::kLanes;
+    }
+    for (int e = 0; e < steps; ++e) step(e);
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) {
+        float* to = m + (i * NV + j) * V::kLanes;
+        V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
+      }
+  }
+  using Product = void (*)(const float*, int64_t, const float*, float*, int, bool);
+  template <int NV, bool kStream>
+  struct Products {  // for 1 .. max_rows
+    Product fn[V::max_rows(NV) + 1];
+    constexpr Products() : fn{} { fill<V::max_rows(NV)>(); }
+    template <int MR>
+    constexpr void fill() {
+      fn[MR] = &product<MR, NV, kStream>;
+      if constexpr (MR > 1) fill<MR - 1>();
+    }
+  };
+
+  // m[tile][k] (+)= v[tile][c] * u[c][k] over `steps` channels. Pieces of channels are summed one by one: as
+  // exact as a direct convolution, which sums in chunks too.
   template <int NV>
-  void multiply(const float* v, const float* u, float* m, int count, int64_t ldv) const {
+  static void multiply(const float* v, int64_t ldv, const float* u, float* m, int count, int steps,
+                       bool first, bool stream) {
     constexpr int kMax = V::max_rows(NV);
-    static constexpr Tiles<V, MathF32<V>, NV, kMax> tiles{};
-    const float* rows[kMax];
+    static constexpr Products<NV, true> streaming{};
+    static constexpr Products<NV, false> cached{};
     for (int i = 0; i < count;) {
       const int left = count - i;
       const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
-      // pieces of kPiece channels, summed one by one: as exact as a direct convolution, which sums in chunks
-      // too
-      for (int64_t c = 0; c < g.c; c += kPiece) {
-        const int steps = static_cast<int>(g.c - c < kPiece ? g.c - c : kPiece);
-        for (int r = 0; r < mr; ++r) rows[r] = v + (i + r) * ldv + c;
-        tiles.fn[mr]({rows, 0, 1, steps}, reinterpret_cast<const char*>(u + c * NV * V::kLanes),
-                     m + i * NV * V::kLanes, NV * V::kLanes, c == 0, nullptr);
-      }
+      (stream && i == 0 ? streaming.fn : cached.fn)[mr](v + i * ldv, ldv, u, m + i * NV * V::kLanes, steps,
+                                                        first);
       i += mr;
     }
   }
+  static void multiply(int vectors, const float* v, int64_t ldv, const float* u, float* m, int count,
+                       int steps, bool first, bool stream) {
+    if (kMost == 4 && vectors == 4)
+      return multiply<kMost == 4 ? 4 : 1>(v, ldv, u, m, count, steps, first, stream);
+    if (kMost == 4 && vectors == 3)
+      return multiply<kMost == 4 ? 3 : 1>(v, ldv, u, m, count, steps, first, stream);
+    if (vectors == 2) return multiply<2>(v, ldv, u, m, count, steps, first, stream);
+    multiply<1>(v, ldv, u, m, count, steps, first, stream);
+  }
+
+  // ---- blocks
 
   static int64_t odd_lines(int64_t floats) {
     return (floats + 15) / 16 % 2 ? (floats + 15) / 16 * 16 : (floats + 31) / 16 * 16;
   }
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  void block(int64_t first, int count, int64_t k0, int64_t k1) const {
-    const int64_t ldv = (g.c + V::kLanes - 1) / V::kLanes * V::kLanes;
-    constexpr int64_t kPanel = V::kPanelVectors * V::kLanes;
-    // The transforms touch all points of a tile at once: an odd number of cache lines between points spreads
-    // them over the sets of L1.
-    const int64_t stride_v = odd_lines(count * ldv), stride_m = odd_lines(count * kPanel);
-    float* v = static_cast<float*>(scratch(0, kPoints * stride_v * 4));
-    float* m = static_cast<float*>(scratch(1, kPoints * stride_m * 4));
-    for (int t = 0; t < count; ++t) input_tile(place(first + t), v + t * ldv, stride_v);
-    for (int64_t k = k0; k < k1; k += kPanel) {
-      const int64_t left = g.k - k;
-      const int vectors =
-          static_cast<int>(left >= kPanel ? V::kPanelVectors : (left + V::kLanes - 1) / V::kLanes);
-      const int64_t width = vectors * V::kLanes;
-      const float* u = weights + k * kPoints * g.c;
-      for (int p = 0; p < kPoints; ++p) {
-        const float* vp = v + p * stride_v;
-        const float* up = u + p * g.c * width;
-        float* mp = m + p * stride_m;
-        if (V::kPanelVectors == 4 && vectors == 4)
-          multiply<V::kPanelVectors == 4 ? 4 : 1>(vp, up, mp, count, ldv);
-        else if (V::kPanelVectors == 4 && vectors == 3)
-          multiply<V::kPanelVectors == 4 ? 3 : 1>(vp, up, mp, count, ldv);
-        else if (vectors == 2)
-          multiply<2>(vp, up, mp, count, ldv);
-        else
-          multiply<1>(vp, up, mp, count, ldv);
-      }
-      for (int t = 0; t < count; ++t) {
-        const Place p = place(first + t);
-        for (int j = 0; j < vectors; ++j) {
-          const int64_t at = k + j * V::kLanes;
-          const int lanes = static_cast<int>(g.k - at < V::kLanes ? g.k - at : V::kLanes);
-          const V::Reg bias = load_lanes(args.bias + at, lanes);
-          output_vector(p, m + t * width + j * V::kLanes, stride_m, at, lanes, bias);
-        }
-      }
-    }
+  int64_t tiles() const { return g.n * p.tiles * y.tiles * x.tiles; }
+  int64_t piece() const { return least(kPiece, ceil_div(g.c, V::kLanes) * V::kLanes); }
+  int64_t pieces() const { return ceil_div(g.c, kPiece); }
+  int piece_channels(int64_t i) const { return static_cast<int>(least(g.c - i * kPiece, kPiece)); }
+  // Vectors of the panel that starts at channel k.
+  int panel_vectors(int64_t k, int most) const {
+    return static_cast<int>(least(most, ceil_div(g.k - k, V::kLanes)));
   }
 
-  struct Blocking {
-    int64_t count, panels;  // of one task
+  // V: floats of one tile, with a cache line more so that tiles do not fall on the same sets of L1.
+  int64_t tile_floats() const { return ceil_div(g.c, V::kLanes) * kPoints * V::kLanes + 16; }
+  // Where `piece` of `point` starts in the V of the first tile.
+  static int64_t piece_at(int64_t piece, int point) {
+    return (piece * (kPiece / V::kLanes) * kPoints + point) * V::kLanes;
+  }
+  void inputs(float* v, const Place* places, int64_t begin, int64_t end, const T* zeros) const {
+    for (int64_t i = begin; i < end; ++i)
+      input_tile(places[i], places[i + 1 < end ? i + 1 : i], zeros, v + i * tile_floats());
+  }
+
+  // Zeros for the pixels outside, and the places of `count` tiles, in one slot of scratch memory behind
+  // `bytes`.
+  struct Around {
+    char* data;
+    const T* zeros;
+    Place* places;
   };
-
-  // Picks the blocks that should cost the fewest cycles: multiplications, transforms, weights that stream
-  // through the cache once for each block of tiles, and what of V and M does not stay in L2. Few tiles share
-  // out the panels among the threads (and repeat the input transform). Changes the speed only: every sum is
-  // the same in any blocking.
-  Blocking blocking(int64_t tiles, int64_t panels) const {
-    constexpr int64_t kPanel = V::kPanelVectors * V::kLanes;
-    constexpr int64_t kScratch = 12 << 20;  // bytes of V and M a thread
-    // a cycle: multiply-adds; bytes of weights from beyond L2, and from L2; bytes of V and M from beyond L2
-    constexpr double kMacs = 2 * V::kLanes, kFar = 6, kNear = 24, kSpill = 4.5;
-    constexpr double kTransform = 8;  // cycles to transform one vector of one point
-    const int threads = thread_pool().threads();
-    const double l2 = static_cast<double>(l2_bytes()), c = static_cast<double>(g.c), points = kPoints;
-    Blocking best{6, panels};
-    double least = 0;
-    for (int64_t split = 1; split <= panels; split *= 2) {
-      const int64_t per_split = (panels + split - 1) / split, splits = (panels + per_split - 1) / per_split;
-      const double columns = static_cast<double>(per_split * kPanel < g.k ? per_split * kPanel : g.k);
-      const double passes = static_cast<double>(per_split);
-      for (int64_t want = 6; want <= 384; want += want < 48 ? 6 : 48) {
-        int64_t blocks = (tiles + want - 1) / want;
-        if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
-        const int64_t count = (tiles + blocks - 1) / blocks;
-        blocks = (tiles + count - 1) / count;
-        const double n = static_cast<double>(count);
-        const double v = points * 4 * n * c, m = points * 4 * n * kPanel, u = points * 4 * columns * c;
-        if (want > 6 && v + m > kScratch) break;
-        double cycles =
-            points * n * c * columns / kMacs + points * n * (c + columns) / V::kLanes * kTransform;
-        cycles += u / (u + v + m < 0.8 * l2 ? kNear : kFar);
-        const double kept = 0.6 * l2 / (v + m);
-        if (kept < 1) cycles += (1 - kept) * ((1 + passes) * v + 2 * passes * m) / kSpill;
-        cycles *= static_cast<double>((blocks * splits + threads - 1) / threads);
-        if (least == 0 || cycles < least) {
-          least = cycles;
-          best = {count, per_split};
-        }
-      }
-    }
-    return best;
+  Around around(int slot, int64_t bytes, int64_t first, int64_t count) const {
+    const int64_t zero_bytes = ceil_div(g.c, V::kLanes) * V::kLanes * 4;
+    char* data =
+        static_cast<char*>(scratch(slot, bytes + zero_bytes + count * static_cast<int64_t>(sizeof(Place))));
+    __builtin_memset(data + bytes, 0, static_cast<std::size_t>(zero_bytes));
+    const Around a{data, reinterpret_cast<T*>(data + bytes),
+                   reinterpret_cast<Place*>(data + bytes + zero_bytes)};
+    for (int64_t i = 0; i < count; ++i) a.places[i] = place(first + i);
+    return a;
   }
 
-  void run() const {
-    constexpr int64_t kPanel = V::kPanelVectors * V::kLanes;
-    const int64_t tiles = g.n * td * th * tw, panels = (g.k + kPanel - 1) / kPanel;
-    const Blocking best = blocking(tiles, panels);
-    const int64_t count = best.count, blocks = (tiles + count - 1) / count, per_split = best.panels;
-    const int64_t splits = (panels + per_split - 1) / per_split;
-    parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t split = task / blocks, first = task % blocks * count;
-        const int64_t k0 = split * per_split * kPanel;
-        const int64_t k1 = k0 + per_split * kPanel < g.k ? k0 + per_split * kPanel : g.k;
-        block(first, static_cast<int>(tiles - first < count ? tiles - first : count), k0, k1);
+  // One slice of a tile's outputs, `width` channels, is about to be written.
+  void fetch_outputs(int64_t from, int64_t width) const {
+    for (int j = 0; j < AY::m; ++j)
+      for (int z = 0; z < AX::m; ++z)
+        for (int64_t k = 0; k < width; k += 64 / static_cast<int64_t>(sizeof(T))) {
+          const int64_t at = from + j * y.out_step + z * x.out_step + k;
+          __builtin_prefetch(static_cast<T*>(args.conv.y) + at, 1, 3);
+          if (args.conv.residual) __builtin_prefetch(static_cast<const T*>(args.conv.residual) + at, 0, 3);
+        }
+  }
+
+  // M of one plane and panel to the outputs of all tiles. sums: [tile][slice][output][k], k0 its first
+  // channel
+  void outputs(int t, const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
+               int vectors, float* sums, int64_t k0, int64_t ld) const {
+    const bool finishes = AP::m == 1 || t >= 2;
+    for (int64_t i = 0; i < count; ++i) {
+      if (finishes && i + 1 < count)
+        fetch_outputs(places[i + 1].out + (t == 3 ? p.out_step : 0) + k, vectors * V::kLanes);
+      for (int j = 0; j < vectors; ++j) {
+        const int64_t at = k + j * V::kLanes;
+        output_vector(places[i], t, m + (i * vectors + j) * V::kLanes, stride_m, at,
+                      static_cast<int>(least(g.k - at, V::kLanes)),
+                      sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0), ld);
       }
+    }
+  }
+
+  // ---- many tiles
+
+  // Tiles [first, first + count), panels [begin, end) of the group whose weights are u
+  void block(const float* u, int64_t panel_step, int64_t point_step, int64_t first, int64_t count,
+             int64_t group_k, int64_t begin, int64_t end) const {
+    const int64_t width = kMost * V::kLanes, ld = (end - begin) * width + 16;
+    const int64_t stride_m = odd_lines(count * width), k0 = group_k + begin * width;
+    float* v = static_cast<float*>(scratch(0, count * tile_floats() * 4));
+    float* m = static_cast<float*>(scratch(1, kPlane * stride_m * 4));
+    const Around a = around(2, AP::m > 1 ? count * AP::m * kOutputs * ld * 4 : 0, first, count);
+    inputs(v, a.places, 0, count, a.zeros);
+    for (int t = 0; t < AP::a; ++t)
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t k = group_k + panel * width;
+        const int vectors = panel_vectors(k, kMost);
+        for (int point = 0; point < kPlane; ++point) {
+          const float* up = u + panel * panel_step + (t * kPlane + point) * point_step;
+          for (int64_t c = 0; c < pieces(); ++c)
+            multiply(vectors, v + piece_at(c, t * kPlane + point), tile_floats(),
+                     up + c * kPiece * vectors * V::kLanes, m + point * stride_m, static_cast<int>(count),
+                     piece_channels(c), c == 0, true);
+        }
+        outputs(t, m, stride_m, a.places, count, k, vectors, reinterpret_cast<float*>(a.data), k0, ld);
+      }
+  }
+
+  // Changes the speed only: every sum is the same in any blocking.
+  int64_t block_tiles() const {
+    const int64_t width = kMost * V::kLanes, threads = thread_pool().threads();
+    const int64_t sums = AP::m > 1 ? AP::m * kOutputs * least(g.k, width) : 0;
+    int64_t count = l2_bytes() * 6 / 10 / (4 * (kPoints * g.c + kPlane * width + sums));
+    count = count < 6 ? 6 : count > 96 ? 96 : count / 6 * 6;
+    const int64_t blocks = ceil_div(ceil_div(tiles(), count), threads) * threads;  // as many for every thread
+    return ceil_div(tiles(), blocks);
+  }
+
+  void run_blocks() const {
+    const int64_t width = kMost * V::kLanes, panels = ceil_div(g.k, width);
+    const int64_t point_step = odd_lines(g.c * width), panel_step = kPoints * point_step;
+    int64_t group = kMostWeights / (panel_step * 4);
+    group = group < 1 ? 1 : least(group, panels);
+    group = ceil_div(panels, ceil_div(panels, group));
+    const int64_t chunks = ceil_div(g.c, V::kLanes), count = block_tiles(), blocks = ceil_div(tiles(), count);
+    float* u = static_cast<float*>(scratch(3, group * panel_step * 4));  // of this thread, read by all
+    for (int64_t base = 0; base < panels; base += group) {
+      const int64_t here = least(panels - base, group), group_k = base * width;
+      parallel_for(here * chunks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t panel = task / chunks, c0 = task % chunks * V::kLanes, k = group_k + panel * width;
+          const int vectors = panel_vectors(k, kMost);
+          weights(k, vectors, c0, static_cast<int>(least(g.c - c0, V::kLanes)),
+                  u + panel * panel_step + c0 * vectors * V::kLanes, point_step);
+        }
+      });
+      parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          block(u, panel_step, point_step, i * count, least(tiles() - i * count, count), group_k, 0, here);
+      });
+    }
+  }
+
+  // ---- few tiles
+
+  bool few() const { return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostWeights; }
+
+  void panel(const float* v, const Place* places, int64_t k, int vectors) const {
+    const int64_t width = vectors * V::kLanes, point_step = odd_lines(piece() * width);
+    const int64_t stride_m = odd_lines(tiles() * width), ld = width + 16;
+    float* u = static_cast<float*>(scratch(1, kPoints * point_step * 4));
+    float* m = static_cast<float*>(
+        scratch(2, 4 * (kPoints * stride_m + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
+    for (int64_t c = 0; c < pieces(); ++c) {
+      for (int64_t i = 0; i < piece_channels(c); i += V::kLanes)
+        weights(k, vectors, c * kPiece + i, static_cast<int>(least(piece_channels(c) - i, V::kLanes)),
+                u + i * width, point_step);
+      for (int point = 0; point < kPoints; ++point)
+        multiply(vectors, v + piece_at(c, point), tile_floats(), u + point * point_step, m + point * stride_m,
+                 static_cast<int>(tiles()), piece_channels(c), c == 0, false);
+    }
+    for (int t = 0; t < AP::a; ++t)
+      outputs(t, m + t * kPlane * stride_m, stride_m, places, tiles(), k, vectors, m + kPoints * stride_m, k,
+              ld);
+  }
+
+  void run_panels() const {
+    // A narrow panel leaves registers for more tiles, and there are more of them to share out.
+    const int most = kMost == 4 ? 2 : kMost;
+    const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
+    float* v = static_cast<float*>(scratch(3, tiles() * tile_floats() * 4));  // of this thread, read by all
+    const Around a = around(4, 0, 0, tiles());
+    parallel_for(tiles(), 1, [&](int64_t begin, int64_t end) { inputs(v, a.places, begin, end, a.zeros); });
+    parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) panel(v, a.places, i * width, panel_vectors(i * width, most));
     });
   }
+
+  void run() const { few() ? run_panels() : run_blocks(); }
 };
 
-template <class AD, class AH, class AW, class T>
-static void run_winograd(const ConvArgs& args) {
-  const ConvGeometry& g = args.g;
-  const Winograd<AD, AH, AW, T> w{
-      args,
-      g,
-      reinterpret_cast<const float*>(static_cast<const char*>(args.weight) + sizeof(PackHeader)),
-      (g.out.d + AD::m - 1) / AD::m,
-      (g.out.h + AH::m - 1) / AH::m,
-      (g.out.w + AW::m - 1) / AW::m};
-  w.run();
+// kDepth: the one axis with a kernel is depth; it takes the role of `y`
+template <class AP, class AY, class AX, class T, bool kDepth>
+static void run_winograd(const WinogradArgs& args) {
+  const ConvGeometry& g = args.conv.g;
+  auto axis = [](int64_t in, int64_t out, int64_t padding, int m, int64_t in_step, int64_t out_step) {
+    return WinogradAxis{in, out, padding, (out + m - 1) / m, in_step, out_step};
+  };
+  const int64_t row_in = g.in.w * g.c, row_out = g.out.w * g.k;
+  const int md = kDepth ? AY::m : AP::m, mh = kDepth ? AP::m : AY::m;
+  const WinogradAxis d = axis(g.in.d, g.out.d, g.padding.d, md, g.in.h * row_in, g.out.h * row_out);
+  const WinogradAxis h = axis(g.in.h, g.out.h, g.padding.h, mh, row_in, row_out);
+  const WinogradAxis w = axis(g.in.w, g.out.w, g.padding.w, AX::m, g.c, g.k);
+  const Winograd<AP, AY, AX, T> winograd{
+      args, g, kDepth ? h : d, kDepth ? d : h, w, g.in.volume() * g.c, g.out.volume() * g.k};
+  winograd.run();
 }
 
 template <class T>
-static void winograd_typed(const ConvArgs& args, int code) {
-  switch (code) {
+static void winograd_typed(const WinogradArgs& args) {
+  switch (args.tile.code()) {
     case 222:
-      return run_winograd<Axis2, Axis2, Axis2, T>(args);
+      return run_winograd<Axis2, Axis2, Axis2, T, false>(args);
     case 244:
-      return run_winograd<Axis2, Axis4, Axis4, T>(args);
+      return run_winograd<Axis2, Axis4, Axis4, T, false>(args);
     case 122:
-      return run_winograd<Axis1, Axis2, Axis2, T>(args);
+      return run_winograd<Axis1, Axis2, Axis2, T, false>(args);
     case 144:
-      return run_winograd<Axis1, Axis4, Axis4, T>(args);
+      return run_winograd<Axis1, Axis4, Axis4, T, false>(args);
     case 211:
-      return run_winograd<Axis2, Axis1, Axis1, T>(args);
+      return run_winograd<Axis1, Axis2, Axis1, T, true>(args);
     case 411:
-      return run_winograd<Axis4, Axis1, Axis1, T>(args);
+      return run_winograd<Axis1, Axis4, Axis1, T, true>(args);
   }
 }
 
-static void winograd_any(const ConvArgs& args, int code) {
-  args.dtype == DType::kBFloat16 ? winograd_typed<uint16_t>(args, code) : winograd_typed<float>(args, code);
+static void winograd_any(const WinogradArgs& args) {
+  args.conv.dtype == DType::kBFloat16 ? winograd_typed<uint16_t>(args) : winograd_typed<float>(args);
 }
