@@ -72,6 +72,24 @@ struct V {
   static inline void copy16(uint16_t* to, const uint16_t* from, int64_t n) {
     __builtin_memcpy(to, from, static_cast<std::size_t>(n) * 2);
   }
+
+  static inline __attribute__((always_inline)) void transpose(Reg (&r)[8]) {
+    Reg t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+        r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+      }
+    for (int i = 0; i < 4; ++i) {  // rows i and i+4 hold columns i and i+4 of four rows each
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
 };
 
 #include "conv3d_kernel.inl"

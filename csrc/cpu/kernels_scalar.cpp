@@ -67,6 +67,14 @@ struct V {
   static inline void copy16(uint16_t* to, const uint16_t* from, int64_t n) {
     __builtin_memcpy(to, from, static_cast<std::size_t>(n) * 2);
   }
+  static inline void transpose(Reg (&r)[4]) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float v = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = v;
+      }
+  }
 };
 
 #include "conv3d_kernel.inl"
