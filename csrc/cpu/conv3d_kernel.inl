@@ -65,6 +65,7 @@ struct Rows {
   int64_t offset = 0;
   const A* zeros = nullptr;
   Ahead* ahead = nullptr;
+  int64_t gap = 0;  // bytes between the weights of one run and those of the next
 };
 
 // rows * weights for MR pixels and NV vectors of output channels, added to the partial sums in `sums` unless
@@ -83,9 +84,9 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
     for (int i = 0; i < MR; ++i) live |= at[i] != rows.zeros;
     if (!live) continue;
     any = true;
-    Math::template run<MR, NV>(acc, at, rows.offset,
-                               weights + static_cast<int64_t>(run) * rows.steps * NV * V::kLanes * 4,
-                               rows.steps);
+    Math::template run<MR, NV>(
+        acc, at, rows.offset,
+        weights + run * (rows.gap + static_cast<int64_t>(rows.steps) * NV * V::kLanes * 4), rows.steps);
   }
   if (!any && !first && !tail) return;
   // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
@@ -496,7 +497,9 @@ struct Direct {
     const A** at = reinterpret_cast<const A**>(pixels + count);
     int64_t* planes = reinterpret_cast<int64_t*>(at + taps * count);
     float* sums = static_cast<float*>(scratch(1, count * width * 4));
-    const int64_t tap_stride = channels / Math::kStep * width;
+    // Runs are often a multiple of 4 KiB: without a gap, all taps of a channel would compete for one set of
+    // L1.
+    const int64_t gap = 5 * V::kLanes, tap_stride = channels / Math::kStep * width + gap;
     float* turned =
         static_cast<float*>(scratch(2, taps * tap_stride * 4 + (g.c + 16) * static_cast<int64_t>(sizeof(A))));
     A* zeros = reinterpret_cast<A*>(turned + taps * tap_stride);
@@ -535,12 +538,13 @@ struct Direct {
     for (int64_t c0 = 0; c0 < g.c; c0 += channels) {
       const int64_t c1 = g.c - c0 < channels ? g.c : c0 + channels;
       const int run_steps = static_cast<int>((c1 - c0) / Math::kStep);
+      const int64_t next_tap = run_steps * width + gap;
       if (live == g.kernel.d)
-        weights.turn_panel(k, c0, c1, 0, taps, turned, run_steps * width, width);
+        weights.turn_panel(k, c0, c1, 0, taps, turned, next_tap, width);
       else
         for (int l = 0; l < live; ++l)
           weights.turn_panel(k, c0, c1, planes[l] * plane, (planes[l] + 1) * plane,
-                             turned + l * plane * run_steps * width, run_steps * width, width);
+                             turned + l * plane * next_tap, next_tap, width);
       Ahead ahead{};
       if (c1 < g.c) {
         const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
@@ -551,10 +555,9 @@ struct Direct {
       }
       for (int l = 0; l < live; ++l) {
         const Rows<A> rows{
-            at + l * plane * count, count, static_cast<int>(plane), run_steps, c0, zeros, &ahead};
-        panel_of(vectors, rows, count, line,
-                 reinterpret_cast<const char*>(turned + l * plane * run_steps * width), sums, width,
-                 c0 == 0 && l == 0, c1 == g.c && l + 1 == live ? &tail : nullptr);
+            at + l * plane * count, count, static_cast<int>(plane), run_steps, c0, zeros, &ahead, gap * 4};
+        panel_of(vectors, rows, count, line, reinterpret_cast<const char*>(turned + l * plane * next_tap),
+                 sums, width, c0 == 0 && l == 0, c1 == g.c && l + 1 == live ? &tail : nullptr);
       }
     }
   }

@@ -12,10 +12,12 @@ struct Ahead {
   int current;
 
   void step() {
-    for (int i = 0; i < lines && rows > 0; ++i) {
-      __builtin_prefetch(at + current * segment + pos, 0, 2);
-      pos += 64;
-      if (pos < bytes + 63) continue;
+    for (int left = lines; left > 0 && rows > 0;) {
+      const char* p = at + current * segment;
+      int64_t i = pos;
+      for (; i < bytes + 63 && left > 0; i += 64, --left) __builtin_prefetch(p + i, 0, 2);
+      pos = i;
+      if (i < bytes + 63) return;
       pos = 0;
       if (++current < segments) continue;
       current = 0;
@@ -51,6 +53,8 @@ struct Parameter {
       Reg r[kLanes];
       if (rows == kLanes && lanes == kLanes) {
         for (int i = 0; i < kLanes; ++i) r[i] = load(i, e, kLanes);
+      } else if (rows == kLanes) {
+        for (int i = 0; i < kLanes; ++i) r[i] = load(i, e, lanes);
       } else {
         for (int i = 0; i < kLanes; ++i) r[i] = i < rows ? load(i, e, lanes) : V::zero();
       }
