@@ -332,6 +332,15 @@ cpu::WinogradTile tile_of(const Ints& tile) {
   return {static_cast<int>(tile[0]), static_cast<int>(tile[1]), static_cast<int>(tile[2])};
 }
 
+Tensor conv3d_direct_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                         std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
+                         std::string activation) {
+  return on_parameter(
+      cpu::DirectArgs{}, x, weight, scale, bias, residual, stride, padding, dilation, activation,
+      [](const cpu::DirectArgs&) { return std::string(); }, kChannelsLast,
+      [](const cpu::DirectArgs& a) { cpu::conv3d_direct(a); });
+}
+
 Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
                         std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
                         std::string activation, int64_t slices, Ints tile) {
@@ -808,6 +817,9 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   m.def(
       "conv3d_winograd(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] padding, "
       "str activation, int[] tile) -> Tensor");
+  m.def(
+      "conv3d_direct(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, str activation) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
@@ -823,6 +835,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_bias_act", TORCH_BOX(&r3d::conv3d_bias_act_cpu));
   m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
   m.impl("conv3d_winograd", TORCH_BOX(&r3d::conv3d_winograd_cpu));
+  m.impl("conv3d_direct", TORCH_BOX(&r3d::conv3d_direct_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));

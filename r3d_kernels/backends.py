@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -196,12 +196,14 @@ _MOST_PACKED = 48 << 20  # bytes; tiles of four outputs blow 3x3x3 weights up mo
 
 
 class DirectCpu:
-    """Our C++ direct convolution: channels-last, register-tiled, float32 accumulation (csrc/cpu/conv3d_*)."""
+    """Our C++ direct convolution: channels-last, register-tiled, float32 accumulation (csrc/cpu/conv3d_*).
+
+    Reads the parameter itself: nothing is packed. bfloat16 products on processors that have them.
+    """
 
     name = "direct"
     backend = "cpu"
-    algorithm = "direct"
-    copies_weights = True
+    copies_weights = False
 
     def can_run(self, request: Request) -> str | None:
         if request.device.type != "cpu":
@@ -218,13 +220,16 @@ class DirectCpu:
         return request.dtype
 
     def pack(self, layer: Layer, request: Request) -> Any:
-        packed = torch.ops.r3d_kernels.conv3d_pack(layer.weight, layer.scale, request.dtype, self.algorithm)
-        return packed, layer.shift.float()
+        scale = None if layer.scale is None else layer.scale.float()
+        weight = layer.weight.to(request.dtype)
+        if not weight.is_contiguous(memory_format=torch.channels_last_3d):  # both are read as they are
+            weight = weight.contiguous()
+        return weight, scale, layer.shift.float()
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
-        return torch.ops.r3d_kernels.conv3d_bias_act(
-            x, *pack, residual, p.k, p.kernel, p.stride, p.padding, p.dilation, p.activation or "none"
+        return torch.ops.r3d_kernels.conv3d_direct(
+            x, *pack, residual, p.stride, p.padding, p.dilation, p.activation or "none"
         )
 
     def cycles(self, request: Request) -> float:
@@ -254,6 +259,8 @@ class WinogradCpu(DirectCpu):
         tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
     """
 
+    copies_weights = True
+
     def __init__(self, tile: tuple[int, int, int]) -> None:
         self.tile = tile
         self.algorithm = "winograd" + "".join(map(str, tile))
@@ -274,6 +281,16 @@ class WinogradCpu(DirectCpu):
         if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
             return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
         return None
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        packed = torch.ops.r3d_kernels.conv3d_pack(layer.weight, layer.scale, request.dtype, self.algorithm)
+        return packed, layer.shift.float()
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        return torch.ops.r3d_kernels.conv3d_bias_act(
+            x, *pack, residual, p.k, p.kernel, p.stride, p.padding, p.dilation, p.activation or "none"
+        )
 
     def work(self, request: Request) -> Work:
         p = request.problem
@@ -300,8 +317,6 @@ class AmxCpu(DirectCpu):
     Args:
         tile: outputs of a Winograd tile along depth and height; 1 elsewhere.
     """
-
-    copies_weights = False
 
     def __init__(self, tile: tuple[int, int, int]) -> None:
         self.tile = tile
@@ -337,13 +352,6 @@ class AmxCpu(DirectCpu):
         if fp32_mode() == "strict":
             return 3
         return {"high": 2, "medium": 1}.get(torch.get_float32_matmul_precision(), 3)
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        scale = None if layer.scale is None else layer.scale.float()
-        weight = layer.weight.to(request.dtype)
-        if not weight.is_contiguous(memory_format=torch.channels_last_3d):  # both are read as they are
-            weight = weight.contiguous()
-        return weight, scale, layer.shift.float()
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
@@ -612,6 +620,8 @@ class Choice:
 _WORTH_A_COPY = 3.0
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
+_MOST_UNFOLDED = 32 << 20  # bytes that the stock layers may unfold an input to only to be measured
+_SURELY_SLOWER = 1.3  # stock layers measured on a piece and this far behind are out
 _SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 1 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
 _BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
@@ -624,6 +634,27 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _piece(
+    x: Tensor, residual: Tensor | None, request: Request
+) -> tuple[Request, Tensor, Tensor | None] | None:
+    """The first planes alone, where the stock layers' unfolded input (im2col) would be the peak of memory."""
+    p = request.problem
+    unfolded = p.n * p.c * math.prod(p.kernel) * math.prod(p.out_size) * request.dtype.itemsize
+    if request.device.type != "cpu" or unfolded <= _MOST_UNFOLDED:
+        return None
+    depth = p.d
+    while depth > 1 and unfolded * depth > _MOST_UNFOLDED * p.d:
+        depth = (depth + 1) // 2
+    try:
+        part = replace(p, d=depth).validate()
+    except ValueError:  # fewer planes than the kernel is deep
+        return None
+    if part.macs == p.macs:
+        return None
+    cut = None if residual is None else residual[:, :, : part.out_size[0]]
+    return replace(request, problem=part), x[:, :, :depth], cut
+
+
 def _measure(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
@@ -632,6 +663,15 @@ def _measure(
     Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
     they take less than _THREE_ROUNDS.
     """
+
+    stock = next((k for k in kernels if k.name == "stock"), None)
+    others = [k for k in kernels if k is not stock]
+    if stock and others and (piece := _piece(x, residual, request)):
+        part, *data = piece
+        guess = _measure([stock], packs, *data, part)["stock"] * request.problem.macs / part.problem.macs
+        best = _measure(others, packs, x, residual, request)
+        if guess > _SURELY_SLOWER * min(best.values()):
+            return best | {"stock": guess}
 
     def once(kernel: Kernel) -> float:
         _synchronize(request.device)

@@ -3,8 +3,10 @@
 // shared template compiled with AVX-512 could become the copy that the linker keeps for every processor.
 //
 // A policy V has: Reg (a vector of float32), kLanes, zero, load, store, broadcast, fma(a, b, c) = a*b + c,
-// add, relu (NaN stays NaN), load_bf16, store_bf16, and partial forms of the loads and stores for the first n
-// lanes.
+// add, relu (NaN stays NaN), load_bf16, store_bf16, partial forms of the loads and stores for the first n
+// lanes, and transpose of kLanes vectors, whatever their bits mean.
+
+#include "conv3d_parameter.inl"
 
 struct Pixel {
   int64_t sample;   // offset of the sample in elements
@@ -14,6 +16,7 @@ struct Pixel {
 // What the epilogue of one register tile needs.
 struct Tail {
   const float* bias;     // of the panel
+  const float* scale;    // of the panel, multiplied into the sums
   const char* residual;  // first row of the tile, or null
   char* y;               // first row of the tile
   int64_t row_bytes;     // from one pixel to the next
@@ -26,12 +29,19 @@ template <class V>
 struct MathF32 {
   using A = float;
   static constexpr int kStep = 1;
+  // 32-bit words of weights: n of them from p.
+  static inline __attribute__((always_inline)) typename V::Reg words(const float* p, int n) {
+    return n == V::kLanes ? V::load(p) : V::load_part(p, n);
+  }
+  static inline __attribute__((always_inline)) typename V::Reg words(const uint16_t* p, int n) {
+    return n == V::kLanes ? V::load_bf16(p) : V::load_bf16_part(p, n);
+  }
   template <int MR, int NV>
   static inline __attribute__((always_inline)) void run(typename V::Reg (&acc)[MR][NV], const A* const* rows,
-                                                        const char* weights, int steps) {
+                                                        int64_t offset, const char* weights, int steps) {
     const float* b = reinterpret_cast<const float*>(weights);
     const A* a[MR];
-    for (int i = 0; i < MR; ++i) a[i] = rows[i];
+    for (int i = 0; i < MR; ++i) a[i] = rows[i] + offset;
 #pragma GCC unroll 2
     for (int e = 0; e < steps; ++e) {
       typename V::Reg w[NV];
@@ -45,13 +55,17 @@ struct MathF32 {
   }
 };
 
-// Where a tile reads its activations: `runs` runs of `steps` steps each; at[run * next + pixel] points to a
-// run.
+// Where a tile reads its activations: `runs` runs of `steps` steps each; at[run * next + pixel] + offset
+// points to a run. Where it is `zeros` for all pixels of the tile, the run is left out.
 template <class A>
 struct Rows {
   const A* const* at;
   int64_t next;
   int runs, steps;
+  int64_t offset = 0;
+  const A* zeros = nullptr;
+  Ahead* ahead = nullptr;
+  int64_t gap = 0;  // bytes between the weights of one run and those of the next
 };
 
 // rows * weights for MR pixels and NV vectors of output channels, added to the partial sums in `sums` unless
@@ -62,10 +76,19 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
   typename V::Reg acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
-  for (int run = 0; run < rows.runs; ++run)
-    Math::template run<MR, NV>(acc, rows.at + run * rows.next,
-                               weights + static_cast<int64_t>(run) * rows.steps * NV * V::kLanes * 4,
-                               rows.steps);
+  bool any = false;
+  for (int run = 0; run < rows.runs; ++run) {
+    if (rows.ahead) rows.ahead->step();
+    const typename Math::A* const* at = rows.at + run * rows.next;
+    bool live = false;
+    for (int i = 0; i < MR; ++i) live |= at[i] != rows.zeros;
+    if (!live) continue;
+    any = true;
+    Math::template run<MR, NV>(
+        acc, at, rows.offset,
+        weights + run * (rows.gap + static_cast<int64_t>(rows.steps) * NV * V::kLanes * 4), rows.steps);
+  }
+  if (!any && !first && !tail) return;
   // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
   if (!first)
     for (int i = 0; i < MR; ++i)
@@ -75,13 +98,16 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
       for (int j = 0; j < NV; ++j) V::store(sums + i * ld + j * V::kLanes, acc[i][j]);
     return;
   }
-  typename V::Reg bias[NV];
-  for (int j = 0; j < NV; ++j) bias[j] = V::load(tail->bias + j * V::kLanes);
+  typename V::Reg bias[NV], scale[NV];
+  for (int j = 0; j < NV; ++j) {
+    bias[j] = V::load(tail->bias + j * V::kLanes);
+    scale[j] = V::load(tail->scale + j * V::kLanes);
+  }
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < NV; ++j) {
       const int n = tail->valid - j * V::kLanes;  // lanes of this vector that exist
       if (n <= 0) continue;
-      typename V::Reg v = V::add(acc[i][j], bias[j]);
+      typename V::Reg v = V::fma(acc[i][j], scale[j], bias[j]);
       const int64_t at = i * tail->row_bytes;
       if (tail->bf16) {
         const int64_t o = at + j * V::kLanes * 2;
@@ -155,9 +181,11 @@ struct Direct {
   const ConvGeometry& g;
   const Chunk* chunks;
   int chunk_count;
-  int64_t steps;  // of the whole reduction
-  const char* payload;
-  int64_t lda;  // elements from one gathered row to the next
+  int64_t steps;        // of the whole reduction
+  const char* payload;  // packed weights of the output channels from `first_k`
+  int64_t lda;          // elements from one gathered row to the next
+  const float* scale = nullptr;
+  int64_t first_k = 0;
 
   // Gathers the chunk for one pixel into `to` (padded with zeros to whole steps).
   void gather(A* to, const Pixel& p, const Chunk& chunk) const {
@@ -225,13 +253,14 @@ struct Direct {
     return copy;
   }
 
+  // No tile goes beyond a line of `line` pixels: they see the same taps.
   template <int NV>
-  void panel(Rows<A> rows, int count, const char* weights, float* sums, int64_t ld, bool first,
+  void panel(Rows<A> rows, int count, int line, const char* weights, float* sums, int64_t ld, bool first,
              Tail* tail) const {
     constexpr int kMax = V::max_rows(NV);
     static constexpr Tiles<V, Math, NV, kMax> tiles{};
     for (int i = 0; i < count;) {
-      const int left = count - i;
+      const int in_line = line - i % line, left = count - i < in_line ? count - i : in_line;
       // an even split of the last rows: two tiles of 4 keep the multipliers busier than 6 + 2
       const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
       tiles.fn[mr](rows, weights, sums + i * ld, ld, first, tail);
@@ -244,22 +273,45 @@ struct Direct {
     }
   }
 
-  // Output pixels [m0, m0+count), output channels [k0, k1); k0 starts a panel.
-  void block(int64_t m0, int count, int64_t k0, int64_t k1) const {
-    int most_runs = 1;
-    for (int i = 0; i < chunk_count; ++i) most_runs = chunks[i].rows > most_runs ? chunks[i].rows : most_runs;
-    const int64_t pointers = static_cast<int64_t>(count) * most_runs;
-    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
-                                                       pointers * static_cast<int64_t>(sizeof(void*)) +
-                                                       chunk_count * static_cast<int64_t>(sizeof(int))));
-    const A** at = reinterpret_cast<const A**>(pixels + count);
-    int* active = reinterpret_cast<int*>(at + pointers);
-    const int64_t padded = (k1 - k0 + V::kLanes - 1) / V::kLanes * V::kLanes;
-    float* sums = static_cast<float*>(scratch(1, count * padded * 4));
-    A* gathered = static_cast<A*>(scratch(2, (count + 1) * lda * static_cast<int64_t>(sizeof(A))));
-    A* zeros = gathered + count * lda;
-    fill_zero(zeros, lda);
+  void panel_of(int vectors, const Rows<A>& rows, int count, int line, const char* weights, float* sums,
+                int64_t ld, bool first, Tail* tail) const {
+    if (kPanelVectors == 4 && vectors == 4)
+      panel<kPanelVectors == 4 ? 4 : 1>(rows, count, line, weights, sums, ld, first, tail);
+    else if (kPanelVectors == 4 && vectors == 3)
+      panel<kPanelVectors == 4 ? 3 : 1>(rows, count, line, weights, sums, ld, first, tail);
+    else if (vectors == 2)
+      panel<2>(rows, count, line, weights, sums, ld, first, tail);
+    else
+      panel<1>(rows, count, line, weights, sums, ld, first, tail);
+  }
 
+  // The epilogue's constants for the panel of `vectors` vectors at output channel k.
+  struct Epilogue {
+    alignas(64) float bias[kPanelVectors * V::kLanes], scale[kPanelVectors * V::kLanes];
+
+    Tail of(const Direct& d, int64_t m0, int64_t k, int vectors) {
+      const ConvArgs& args = d.args;
+      const int64_t left = args.g.k - k, width = vectors * V::kLanes;
+      Tail tail{};
+      tail.bf16 = args.dtype == DType::kBFloat16;
+      const int64_t size = tail.bf16 ? 2 : 4, at = (m0 * args.g.k + k) * size;
+      tail.valid = static_cast<int>(left < width ? left : width);
+      for (int j = 0; j < width; ++j) {
+        bias[j] = j < tail.valid ? args.bias[k + j] : 0.f;
+        scale[j] = d.scale && j < tail.valid ? d.scale[k + j] : 1.f;
+      }
+      tail.bias = bias;
+      tail.scale = scale;
+      tail.row_bytes = args.g.k * size;
+      tail.y = static_cast<char*>(args.y) + at;
+      tail.residual = args.residual ? static_cast<const char*>(args.residual) + at : nullptr;
+      tail.relu = args.activation == Activation::kRelu;
+      return tail;
+    }
+  };
+
+  // Output pixels [m0, m0+count).
+  void place_pixels(Pixel* pixels, int64_t m0, int count) const {
     int64_t q = m0, ow = q % g.out.w;
     q /= g.out.w;
     int64_t oh = q % g.out.h;
@@ -280,6 +332,25 @@ struct Direct {
         }
       }
     }
+  }
+
+  // Output pixels [m0, m0+count), output channels [k0, k1); k0 starts a panel.
+  void block(int64_t m0, int count, int64_t k0, int64_t k1) const {
+    int most_runs = 1;
+    for (int i = 0; i < chunk_count; ++i) most_runs = chunks[i].rows > most_runs ? chunks[i].rows : most_runs;
+    const int64_t pointers = static_cast<int64_t>(count) * most_runs;
+    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
+                                                       pointers * static_cast<int64_t>(sizeof(void*)) +
+                                                       chunk_count * static_cast<int64_t>(sizeof(int))));
+    const A** at = reinterpret_cast<const A**>(pixels + count);
+    int* active = reinterpret_cast<int*>(at + pointers);
+    const int64_t padded = (k1 - k0 + V::kLanes - 1) / V::kLanes * V::kLanes;
+    float* sums = static_cast<float*>(scratch(1, count * padded * 4));
+    A* gathered = static_cast<A*>(scratch(2, (count + 1) * lda * static_cast<int64_t>(sizeof(A))));
+    A* zeros = gathered + count * lda;  // also tells tiles what to leave out
+    fill_zero(zeros, lda);
+
+    place_pixels(pixels, m0, count);
 
     int live = 0;  // chunks that touch the input anywhere in this block; the others would only add zeros
     for (int ci = 0; ci < chunk_count; ++ci)
@@ -289,12 +360,10 @@ struct Direct {
           break;
         }
 
-    const bool bf16 = args.dtype == DType::kBFloat16;
-    const int64_t size = bf16 ? 2 : 4;
     const Chunk none{0, 0, 0, 0, 0, 0, 0};
     for (int a = 0; a < (live ? live : 1); ++a) {
       const Chunk& chunk = live ? chunks[active[a]] : none;
-      Rows<A> rows{at, count, 1, chunk.steps};
+      Rows<A> rows{at, count, 1, chunk.steps, 0, zeros};
       if (!live) {
         for (int i = 0; i < count; ++i) at[i] = zeros;
       } else if (reads_in_place(chunk)) {
@@ -315,41 +384,24 @@ struct Direct {
         const int64_t left = g.k - k, lanes = V::kLanes;
         const int vectors =
             static_cast<int>(left >= kPanelVectors * lanes ? kPanelVectors : (left + lanes - 1) / lanes);
-        const char* weights = payload + 4 * (k * steps + chunk.packed * vectors * lanes);
-        float* part = sums + (k - k0);
-        alignas(64) float bias[kPanelVectors * V::kLanes];
+        const char* weights = payload + 4 * ((k - first_k) * steps + chunk.packed * vectors * lanes);
+        Epilogue epilogue;
         Tail tail{};
-        if (last) {
-          tail.valid = static_cast<int>(left < vectors * lanes ? left : vectors * lanes);
-          for (int j = 0; j < vectors * V::kLanes; ++j) bias[j] = j < tail.valid ? args.bias[k + j] : 0.f;
-          tail.bias = bias;
-          tail.row_bytes = g.k * size;
-          tail.y = static_cast<char*>(args.y) + (m0 * g.k + k) * size;
-          tail.residual =
-              args.residual ? static_cast<const char*>(args.residual) + (m0 * g.k + k) * size : nullptr;
-          tail.bf16 = bf16;
-          tail.relu = args.activation == Activation::kRelu;
-        }
-        Tail* t = last ? &tail : nullptr;
-        if (kPanelVectors == 4 && vectors == 4)
-          panel<kPanelVectors == 4 ? 4 : 1>(rows, count, weights, part, padded, a == 0, t);
-        else if (kPanelVectors == 4 && vectors == 3)
-          panel<kPanelVectors == 4 ? 3 : 1>(rows, count, weights, part, padded, a == 0, t);
-        else if (vectors == 2)
-          panel<2>(rows, count, weights, part, padded, a == 0, t);
-        else
-          panel<1>(rows, count, weights, part, padded, a == 0, t);
+        if (last) tail = epilogue.of(*this, m0, k, vectors);
+        panel_of(vectors, rows, count, count, weights, sums + (k - k0), padded, a == 0,
+                 last ? &tail : nullptr);
       }
     }
   }
 
-  void run() const {
+  // Output channels [ka, kb); ka starts a panel.
+  void run(int64_t ka, int64_t kb) const {
     const int64_t m = g.pixels(), panel_width = kPanelVectors * V::kLanes;
-    const int64_t panels = (g.k + panel_width - 1) / panel_width;
+    const int64_t panels = (kb - ka + panel_width - 1) / panel_width;
     const int threads = thread_pool().threads();
     // Pixel blocks: about 96 rows keep a chunk of weights busy; partial sums of a block must stay in L2.
     int64_t rows = 96;
-    while (rows > 24 && rows * g.k * 4 > 256 * 1024) rows /= 2;
+    while (rows > 24 && rows * (kb - ka) * 4 > 256 * 1024) rows /= 2;
     int64_t blocks = (m + rows - 1) / rows;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for every thread
     rows = (m + blocks - 1) / blocks;
@@ -365,22 +417,205 @@ struct Direct {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t split = task / blocks, m0 = task % blocks * rows;
         const int64_t count = m - m0 < rows ? m - m0 : rows;
-        const int64_t k0 = split * per_split * panel_width;
-        const int64_t k1 = k0 + per_split * panel_width < g.k ? k0 + per_split * panel_width : g.k;
+        const int64_t k0 = ka + split * per_split * panel_width;
+        const int64_t k1 = k0 + per_split * panel_width < kb ? k0 + per_split * panel_width : kb;
         block(m0, static_cast<int>(count), k0, k1);
       }
     });
   }
+
+  // ---- weights straight from the parameter
+
+  using Weights = Parameter<V, Math, T>;
+  static constexpr int64_t kMostTurned = 8 << 20;  // bytes of turned weights that exist at a time
+  static constexpr int64_t kFewPixels = 512;
+
+  // Many pixels, few weights: all weights are turned first, as they would be packed. Where they are too many,
+  // some output channels after others.
+  void run_turned(const Weights& weights) {
+    const int64_t panel_width = kPanelVectors * V::kLanes, lanes = V::kLanes;
+    const int64_t padded = (g.k + lanes - 1) / lanes * lanes;
+    int64_t width = kMostTurned / (4 * steps) / panel_width * panel_width;  // channels at a time
+    width = width < panel_width ? panel_width : width > padded ? padded : width;
+    struct Memory {
+      void* at;
+      ~Memory() { give_back(at); }
+    } memory{take(4 * steps * width)};
+    payload = static_cast<const char*>(memory.at);
+    const bool whole_steps = g.c % Math::kStep == 0;
+    for (int64_t ka = 0; ka < g.k; ka += width) {
+      const int64_t end = padded - ka < width ? padded : ka + width, columns = (end - ka) / lanes;
+      // tasks: (16 channels of input and all taps, one vector of output channels), or a chunk where pairs of
+      // input channels lie in different taps
+      const int64_t pieces = whole_steps ? (g.c + 15) / 16 : chunk_count;
+      parallel_for(pieces * columns, 1, [&](int64_t begin, int64_t stop) {
+        for (int64_t task = begin; task < stop; ++task) {
+          const int64_t k = ka + task / pieces * lanes, piece = task % pieces;
+          const int64_t k0 = ka + (k - ka) / panel_width * panel_width;
+          const int64_t panel = end - k0 < panel_width ? end - k0 : panel_width;
+          float* to = static_cast<float*>(memory.at) + (k0 - ka) * steps + (k - k0);
+          if (whole_steps) {
+            const int64_t c0 = piece * 16, c1 = g.c - c0 < 16 ? g.c : c0 + 16;
+            weights.turn(k, c0, c1, 0, weights.taps, to + c0 / Math::kStep * panel, g.c / Math::kStep * panel,
+                         panel);
+          } else {
+            const Chunk& chunk = chunks[piece];
+            T* words = reinterpret_cast<T*>(to + chunk.packed * panel);
+            for (int64_t e = 0; e < chunk.steps * Math::kStep; ++e)
+              for (int64_t j = 0; j < lanes; ++j)
+                words[(e / Math::kStep * panel + j) * Math::kStep + e % Math::kStep] =
+                    weights.element(chunk, e, k + j, g.kernel.h, g.kernel.w);
+          }
+        }
+      });
+      first_k = ka;
+      run(ka, end < g.k ? end : g.k);
+    }
+  }
+
+  // Input channels that are turned and multiplied at a time; 0 where chunks of all taps would be too short.
+  int64_t turned_channels(int max_chunk) const {
+    const int64_t plane = g.kernel.h * g.kernel.w, width = kPanelVectors * V::kLanes;
+    int64_t most = max_chunk / plane, fits = 160 * 1024 / (4 * plane * g.kernel.d * width) * Math::kStep;
+    if (most > fits) most = fits;
+    if (most >= g.c) return g.c;
+    if (most < 8 * Math::kStep) return 0;
+    const int64_t unit = most < 16 ? 8 : 16, pieces = (g.c + most - 1) / most;
+    const int64_t even = ((g.c + pieces - 1) / pieces + unit - 1) / unit * unit;
+    return even <= most ? even : most / unit * unit;
+  }
+
+  // Few pixels, many weights: output pixels [m0, m0+count) of the panel of `width` channels at k, whose
+  // weights are turned a chunk of input channels at a time, right before they are multiplied.
+  void turning_block(const Weights& weights, int64_t channels, int64_t m0, int count, int64_t k,
+                     int64_t width) const {
+    const int64_t plane = g.kernel.h * g.kernel.w, taps = weights.taps;
+    const int vectors = static_cast<int>(width / V::kLanes);
+    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
+                                                       taps * count * static_cast<int64_t>(sizeof(void*)) +
+                                                       g.kernel.d * static_cast<int64_t>(sizeof(int64_t))));
+    const A** at = reinterpret_cast<const A**>(pixels + count);
+    int64_t* planes = reinterpret_cast<int64_t*>(at + taps * count);
+    float* sums = static_cast<float*>(scratch(1, count * width * 4));
+    // Runs are often a multiple of 4 KiB: without a gap, all taps of a channel would compete for one set of
+    // L1.
+    const int64_t gap = 5 * V::kLanes, tap_stride = channels / Math::kStep * width + gap;
+    float* turned =
+        static_cast<float*>(scratch(2, taps * tap_stride * 4 + (g.c + 16) * static_cast<int64_t>(sizeof(A))));
+    A* zeros = reinterpret_cast<A*>(turned + taps * tap_stride);
+    fill_zero(zeros, g.c + 16);
+    place_pixels(pixels, m0, count);
+
+    int live = 0;  // planes of taps that touch the input anywhere
+    for (int64_t t = 0; t < g.kernel.d; ++t) {
+      const A** row = at + live * plane * count;
+      bool any = false;
+      for (int64_t r = 0; r < g.kernel.h; ++r)
+        for (int64_t s = 0; s < g.kernel.w; ++s, row += count)
+          for (int i = 0; i < count; ++i) {
+            const Pixel& p = pixels[i];
+            const int64_t id = p.d + t * g.dilation.d, ih = p.h + r * g.dilation.h,
+                          iw = p.w + s * g.dilation.w;
+            const bool inside = id >= 0 && id < g.in.d && ih >= 0 && ih < g.in.h && iw >= 0 && iw < g.in.w;
+            any |= inside;
+            row[i] = inside ? reinterpret_cast<const A*>(static_cast<const T*>(args.x) + p.sample) +
+                                  ((id * g.in.h + ih) * g.in.w + iw) * g.c
+                            : zeros;
+          }
+      if (any) planes[live++] = t;
+    }
+    // Tiles of one line of pixels leave out the rows of taps above and below the input.
+    const bool by_line = g.kernel.h > 1 && g.out.w >= 3 && g.out.w <= 16 && m0 % g.out.w == 0;
+    const int line = by_line ? static_cast<int>(g.out.w) : count;
+    const int64_t tiles_of_all = by_line ? (count + line - 1) / line * ((line + 5) / 6) : (count + 5) / 6;
+
+    Epilogue epilogue;
+    Tail tail = epilogue.of(*this, m0, k, vectors);
+    if (!live) {
+      panel_of(vectors, Rows<A>{at, count, 0, 0}, count, count, nullptr, sums, width, true, &tail);
+      return;
+    }
+    for (int64_t c0 = 0; c0 < g.c; c0 += channels) {
+      const int64_t c1 = g.c - c0 < channels ? g.c : c0 + channels;
+      const int run_steps = static_cast<int>((c1 - c0) / Math::kStep);
+      const int64_t next_tap = run_steps * width + gap;
+      if (live == g.kernel.d)
+        weights.turn_panel(k, c0, c1, 0, taps, turned, next_tap, width);
+      else
+        for (int l = 0; l < live; ++l)
+          weights.turn_panel(k, c0, c1, planes[l] * plane, (planes[l] + 1) * plane,
+                             turned + l * plane * next_tap, next_tap, width);
+      Ahead ahead{};
+      if (c1 < g.c) {
+        const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
+        ahead = weights.ahead(k, width, c1, next, planes[0] * plane, (planes[live - 1] + 1) * plane);
+        const int64_t lines = ahead.rows * ahead.segments * ((ahead.bytes + 126) / 64);
+        const int64_t stops = live * plane * tiles_of_all;
+        ahead.lines = static_cast<int>((lines + stops - 1) / stops);
+      }
+      for (int l = 0; l < live; ++l) {
+        const Rows<A> rows{
+            at + l * plane * count, count, static_cast<int>(plane), run_steps, c0, zeros, &ahead, gap * 4};
+        panel_of(vectors, rows, count, line, reinterpret_cast<const char*>(turned + l * plane * next_tap),
+                 sums, width, c0 == 0 && l == 0, c1 == g.c && l + 1 == live ? &tail : nullptr);
+      }
+    }
+  }
+
+  void run_turning(const Weights& weights, int64_t channels) const {
+    const int64_t m = g.pixels(), lanes = V::kLanes, padded = (g.k + lanes - 1) / lanes * lanes;
+    const int threads = thread_pool().threads();
+    int64_t blocks = (m + kFewPixels - 1) / kFewPixels;
+    int64_t rows = (m + blocks - 1) / blocks;
+    rows = (rows + g.out.w - 1) / g.out.w * g.out.w;
+    blocks = (m + rows - 1) / rows;
+    int64_t width = kPanelVectors * lanes;
+    while (width > lanes && (padded + width - 1) / width * blocks < threads)
+      width = width / lanes / 2 * lanes;
+    const int64_t panels = (padded + width - 1) / width;
+    parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t k = task / blocks * width, m0 = task % blocks * rows;
+        turning_block(weights, channels, m0, static_cast<int>(m - m0 < rows ? m - m0 : rows), k,
+                      padded - k < width ? padded - k : width);
+      }
+    });
+  }
+
+  void run_parameter(const DirectArgs& a, int max_chunk) {
+    const Weights weights{static_cast<const T*>(args.weight), g.k, g.c, g.kernel.volume(),
+                          a.weight_channels_last};
+    // The order of the sums must not depend on the threads: nor must this choice.
+    const int64_t channels = kSameType && g.c % Math::kStep == 0 ? turned_channels(max_chunk) : 0;
+    if constexpr (kSameType)
+      if (channels && g.pixels() <= kFewPixels) return run_turning(weights, channels);
+    run_turned(weights);
+  }
 };
 
 template <class V, class Math, class T>
-void run_direct(const ConvArgs& args, const Chunk* chunks, int chunk_count, int64_t steps, int max_chunk) {
-  const Direct<V, Math, T> d{args,
-                             args.g,
-                             chunks,
-                             chunk_count,
-                             steps,
-                             static_cast<const char*>(args.weight) + sizeof(PackHeader),
-                             max_chunk + 2 + 32 / static_cast<int64_t>(sizeof(typename Math::A))};
-  d.run();
+Direct<V, Math, T> direct_of(const ConvArgs& args, const Chunk* chunks, int chunk_count, int64_t steps,
+                             int max_chunk) {
+  return {args,
+          args.g,
+          chunks,
+          chunk_count,
+          steps,
+          nullptr,
+          max_chunk + 2 + 32 / static_cast<int64_t>(sizeof(typename Math::A))};
+}
+
+template <class V, class Math, class T>
+void run_packed(const ConvArgs& args, const Chunk* chunks, int chunk_count, int64_t steps, int max_chunk) {
+  auto d = direct_of<V, Math, T>(args, chunks, chunk_count, steps, max_chunk);
+  d.payload = static_cast<const char*>(args.weight) + sizeof(PackHeader);
+  d.run(0, args.g.k);
+}
+
+template <class V, class Math, class T>
+void run_parameter(const DirectArgs& args, const Chunk* chunks, int chunk_count, int64_t steps,
+                   int max_chunk) {
+  auto d = direct_of<V, Math, T>(args.conv, chunks, chunk_count, steps, max_chunk);
+  d.scale = args.scale;
+  d.run_parameter(args, max_chunk);
 }

@@ -62,6 +62,14 @@ const char* check_packed(const void* packed, int64_t bytes, const ConvGeometry& 
 // Runs the convolution by the kernel that its weights were packed for.
 void conv3d(const ConvArgs& args);
 
+// A direct convolution that reads the parameter itself, of the activations' dtype: nothing packed is kept.
+struct DirectArgs {
+  ConvArgs conv;              // conv.weight is the parameter, [K, C, T, R, S]
+  bool weight_channels_last;  // [K, T, R, S, C] in memory
+  const float* scale;         // [K], multiplied into the sums, or null
+};
+void conv3d_direct(const DirectArgs& args);
+
 void max_pool3d(const PoolArgs& args);
 void avg_pool_linear(const HeadArgs& args);
 

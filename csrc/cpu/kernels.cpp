@@ -33,6 +33,21 @@ void conv3d_winograd(const WinogradArgs& args) {
   if (args.conv.g.pixels() && args.conv.g.k) kernels(active_isa()).winograd(args);
 }
 
+void conv3d_direct(const DirectArgs& args) {
+  const ConvGeometry& g = args.conv.g;
+  if (g.pixels() == 0 || g.k == 0) return;
+  const KernelTraits traits = kernel_traits(active_isa(), args.conv.dtype);
+  const std::vector<Chunk> chunks = plan_chunks(g.c, g.kernel, traits);
+  const int count = static_cast<int>(chunks.size());
+  const int64_t steps = plan_steps(chunks);
+#if R3D_X86
+  if (traits.dot) return direct_dot_avx512_bf16(args, chunks.data(), count, steps, traits.chunk);
+#endif
+  const Kernels& k = kernels(traits.isa);
+  (args.conv.dtype == DType::kBFloat16 ? k.direct_bf16 : k.direct_f32)(args, chunks.data(), count, steps,
+                                                                       traits.chunk);
+}
+
 void max_pool3d(const PoolArgs& args) { kernels(active_isa()).max_pool3d(args); }
 void avg_pool_linear(const HeadArgs& args) { kernels(active_isa()).avg_pool_linear(args); }
 void bn_act(const BnActArgs& args) { kernels(active_isa()).bn_act(args); }

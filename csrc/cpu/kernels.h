@@ -7,6 +7,7 @@
 #include "../conv3d.h"
 #include "../norm.h"
 #include "conv3d_plan.h"
+#include "recycle.h"
 #include "winograd.h"
 
 #if defined(__x86_64__)
@@ -31,6 +32,8 @@ namespace r3d::cpu {
 struct Kernels {
   void (*conv3d_f32)(const ConvArgs&, const Chunk*, int, int64_t, int);
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
+  void (*direct_f32)(const DirectArgs&, const Chunk*, int, int64_t, int);
+  void (*direct_bf16)(const DirectArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
   void (*winograd)(const WinogradArgs&);                                  // float32 arithmetic
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
@@ -42,6 +45,7 @@ const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 void conv3d_dot_avx512_bf16(const ConvArgs&, const Chunk*, int, int64_t, int);
+void direct_dot_avx512_bf16(const DirectArgs&, const Chunk*, int, int64_t, int);
 #endif
 
 const Kernels& kernels(Isa isa);
@@ -51,15 +55,17 @@ void bn_act(const BnActArgs& args);
 }  // namespace r3d::cpu
 
 // Defines kernels_ISA() from the templates that the namespace ISA has included.
-#define R3D_DEFINE_KERNELS(ISA)                                                      \
-  namespace r3d::cpu {                                                               \
-  const Kernels& kernels_##ISA() {                                                   \
-    static const Kernels k{&ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, float>,    \
-                           &ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
-                           &ISA::winograd_any,                                       \
-                           &ISA::max_pool3d_any,                                     \
-                           &ISA::avg_pool_linear_any,                                \
-                           &ISA::bn_act_any};                                        \
-    return k;                                                                        \
-  }                                                                                  \
+#define R3D_DEFINE_KERNELS(ISA)                                                         \
+  namespace r3d::cpu {                                                                  \
+  const Kernels& kernels_##ISA() {                                                      \
+    static const Kernels k{&ISA::run_packed<ISA::V, ISA::MathF32<ISA::V>, float>,       \
+                           &ISA::run_packed<ISA::V, ISA::MathF32<ISA::V>, uint16_t>,    \
+                           &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, float>,    \
+                           &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
+                           &ISA::winograd_any,                                          \
+                           &ISA::max_pool3d_any,                                        \
+                           &ISA::avg_pool_linear_any,                                   \
+                           &ISA::bn_act_any};                                           \
+    return k;                                                                           \
+  }                                                                                     \
   }

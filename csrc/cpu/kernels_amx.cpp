@@ -139,7 +139,7 @@ struct Tiles {
       const int n = count - c < 16 ? static_cast<int>(count - c) : 16;
       __m512 r[16];
       for (int i = 0; i < 16; ++i) r[i] = i < rows ? load_row(from + i * stride + c, n) : _mm512_setzero_ps();
-      transpose(r);
+      V::transpose(r);
       if (n == 16)
         for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * next, r[i]);
       else
@@ -153,33 +153,8 @@ struct Tiles {
     for (int i = 0; i < 16; ++i)
       r[i] =
           i < rows ? _mm512_loadu_ps(static_cast<const uint16_t*>(from) + i * stride) : _mm512_setzero_ps();
-    transpose(r);
+    V::transpose(r);
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * 32, r[i]);
-  }
-
-  static inline __attribute__((always_inline)) void transpose(__m512 (&r)[16]) {
-    __m512 t[16];
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-      for (int j = 0; j < 2; ++j) {
-        const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-        r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-        r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-      }
-    for (int i = 0; i < 4; ++i) {  // rows i, i+4, i+8, i+12 hold columns i, i+4, ... of four rows each
-      const __m512 a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88),
-                   b = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-      const __m512 c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88),
-                   d = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-      t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-      t[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
-      t[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
-      t[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
   }
 };
 

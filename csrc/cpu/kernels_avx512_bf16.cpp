@@ -16,11 +16,20 @@ namespace r3d::cpu::avx512_bf16 {
 struct MathDot {
   using A = uint16_t;
   static constexpr int kStep = 2;
+  // n pairs of weights: neighbours in memory, or from two rows.
+  static inline __attribute__((always_inline)) V::Reg words(const A* p, int n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(V::first(n), p));
+  }
+  static inline __attribute__((always_inline)) V::Reg pairs(const A* even, const A* odd, int n) {
+    const __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), even));
+    const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
   template <int MR, int NV>
   static inline __attribute__((always_inline)) void run(V::Reg (&acc)[MR][NV], const A* const* rows,
-                                                        const char* weights, int steps) {
+                                                        int64_t offset, const char* weights, int steps) {
     const A* a[MR];
-    for (int i = 0; i < MR; ++i) a[i] = rows[i];
+    for (int i = 0; i < MR; ++i) a[i] = rows[i] + offset;
 #pragma GCC unroll 2
     for (int e = 0; e < steps; ++e) {
       __m512bh w[NV];
@@ -37,7 +46,10 @@ struct MathDot {
 };
 
 void conv3d_dot(const ConvArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk) {
-  run_direct<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
+  run_packed<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
+}
+void direct_dot(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk) {
+  run_parameter<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
 }
 }  // namespace r3d::cpu::avx512_bf16
 R3D_TARGET_POP
@@ -46,6 +58,10 @@ namespace r3d::cpu {
 void conv3d_dot_avx512_bf16(const ConvArgs& args, const Chunk* chunks, int count, int64_t steps,
                             int max_chunk) {
   avx512_bf16::conv3d_dot(args, chunks, count, steps, max_chunk);
+}
+void direct_dot_avx512_bf16(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps,
+                            int max_chunk) {
+  avx512_bf16::direct_dot(args, chunks, count, steps, max_chunk);
 }
 }  // namespace r3d::cpu
 #endif

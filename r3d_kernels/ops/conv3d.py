@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
 
-__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed", "conv3d_tiles"]
+__all__ = ["conv3d_bn_act", "conv3d_direct", "conv3d_pack", "conv3d_packed", "conv3d_tiles"]
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 
@@ -247,6 +247,51 @@ def conv3d_tiles(
     )
 
 
+def conv3d_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str | None = "relu",
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` on the vector unit, from the parameter itself.
+
+    The weights are turned for the kernel at every call: at most 8 MiB of them exist a second time, and only while the
+    call lasts.
+
+    Args:
+        x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise).
+        bias: float32 [K].
+        scale: float32 [K], applied to the float32 sums, or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        stride, padding, dilation: an int or three (depth, height, width).
+        activation: "relu" or None.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_direct(
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.triple(dilation, "dilation"),
+        _check.activation(activation),
+    )
+
+
 def _empty_output(
     x: Tensor,
     out_channels: int,
@@ -286,6 +331,21 @@ if _extension.error is None:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
+    @torch.library.register_fake("r3d_kernels::conv3d_direct")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str,
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
     def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, algorithm: str = "direct") -> Tensor:
         # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
@@ -310,8 +370,8 @@ if _extension.error is None:
 
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(torch.ops.r3d_kernels.conv3d_tiles)
-    def _flops_of_tiles(x, weight, *args, out_shape=None, **kwargs) -> int:
+    @register_flop_formula([torch.ops.r3d_kernels.conv3d_tiles, torch.ops.r3d_kernels.conv3d_direct])
+    def _flops_of_parameter(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
     @register_flop_formula(torch.ops.r3d_kernels.conv3d_bias_act)

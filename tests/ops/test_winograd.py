@@ -138,6 +138,7 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
 
 
 def test_strict_mode_is_followed_at_once(monkeypatch) -> None:
+    monkeypatch.setenv("R3D_KERNELS_MEMORY", "fast")  # direct convolution copies nothing
     layer = r3d.ConvBNAct3d(64, 64, 3, padding=1).eval()
     x = torch.randn(1, 64, 8, 28, 28)
     seen = []
