@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/recycle.h"
+#include "cpu/stem.h"
 #include "cpu/tiles.h"
 #include "cuda/conv3d_sm80.h"
 #include "cuda/conv3d_sm90.h"
@@ -347,6 +348,55 @@ Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Te
   a.scale = scale ? static_cast<const float*>(s.const_data_ptr()) : nullptr;
   a.conv.y = y.mutable_data_ptr();
   cpu::conv3d_tiles(a, cpu::active_isa() == cpu::Isa::kAmx);
+  return y;
+}
+
+Tensor conv3d_stem_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                       std::optional<Tensor> residual, Ints stride, Ints padding, std::string activation,
+                       int64_t tile) {
+  const Ints input = sizes(x), w = sizes(weight);
+  R3D_CHECK(w.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(w));
+  cpu::StemArgs a{};
+  a.conv.activation = activation_of(activation);
+  a.conv.g = geometry(input, w[0], w[1], {w[2], w[3], w[4]}, stride, padding, {1, 1, 1}, 1);
+  a.conv.dtype = dtype_of(x, "x");
+  check_same(weight, "weight", x);
+  R3D_CHECK(tile >= 1 && tile <= 8, "tile: expected 2, 4, 6 or 8, got ", tile);
+  a.tile = static_cast<int>(tile);
+  if (const char* why_not = cpu::stem_refuses(a.conv.g, a.tile))
+    fail(why_not, ": got weight ", text(w), ", stride ", text(stride), ", tile ", tile);
+  auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == w[0],
+              argument, ": expected a float32 CPU tensor of shape [", w[0], "], got ", name(t.scalar_type()),
+              " of shape ", text(sizes(t)));
+    return plain(t);
+  };
+  a.weight_channels_last = !weight.is_contiguous() && is_channels_last(weight);
+  const Tensor wp = a.weight_channels_last ? weight : plain(weight), b = vector(bias, "bias");
+  const Tensor s = scale ? vector(*scale, "scale") : b;
+  // A clip is read where it lies: planes of one channel each, or pixels with their channels side by side.
+  a.planes = x.stride(4) == 1 || input[4] == 1;
+  const bool pixels = (x.stride(1) == 1 || input[1] == 1) && x.stride(4) == input[1];
+  const Tensor xl = a.planes || pixels ? x : channels_last(x);
+  a.x_n = xl.stride(0);
+  a.x_c = xl.stride(1);
+  a.x_d = xl.stride(2);
+  a.x_h = xl.stride(3);
+  Tensor r = xl;
+  if (residual) {
+    check_same(*residual, "residual", x);
+    check_residual_shape(sizes(*residual), output_shape(a.conv.g));
+    r = channels_last(*residual);
+    a.conv.residual = r.const_data_ptr();
+  }
+  Tensor y = empty_channels_last(output_shape(a.conv.g), x);
+  if (y.numel() == 0) return y;
+  a.conv.x = xl.const_data_ptr();
+  a.conv.weight = wp.const_data_ptr();
+  a.conv.bias = static_cast<const float*>(b.const_data_ptr());
+  a.scale = scale ? static_cast<const float*>(s.const_data_ptr()) : nullptr;
+  a.conv.y = y.mutable_data_ptr();
+  cpu::conv3d_stem(a);
   return y;
 }
 
@@ -785,6 +835,9 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "conv3d_tiles(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] "
       "padding, int[] dilation, str activation, int slices, int[] tile) -> Tensor");
+  m.def(
+      "conv3d_stem(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
+      "int[] padding, str activation, int tile) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
@@ -799,6 +852,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_pack", TORCH_BOX(&r3d::conv3d_pack_cpu));
   m.impl("conv3d_bias_act", TORCH_BOX(&r3d::conv3d_bias_act_cpu));
   m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
+  m.impl("conv3d_stem", TORCH_BOX(&r3d::conv3d_stem_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));

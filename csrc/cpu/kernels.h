@@ -7,6 +7,7 @@
 #include "../conv3d.h"
 #include "../norm.h"
 #include "conv3d_plan.h"
+#include "stem.h"
 #include "winograd.h"
 
 #if defined(__x86_64__)
@@ -32,6 +33,7 @@ struct Kernels {
   void (*conv3d_f32)(const ConvArgs&, const Chunk*, int, int64_t, int);
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
   void (*winograd)(const ConvArgs&, int);  // a tile code of winograd.h; float32 arithmetic
+  void (*stem)(const StemArgs&);
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
   void (*bn_act)(const BnActArgs&);
@@ -57,6 +59,7 @@ void bn_act(const BnActArgs& args);
     static const Kernels k{&ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, float>,    \
                            &ISA::run_direct<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
                            &ISA::winograd_any,                                       \
+                           &ISA::stem_any,                                           \
                            &ISA::max_pool3d_any,                                     \
                            &ISA::avg_pool_linear_any,                                \
                            &ISA::bn_act_any};                                        \
