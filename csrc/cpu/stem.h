@@ -141,7 +141,7 @@ struct StemPlan {
   int64_t lines;  // of one row
   int64_t inner;  // floats from one pixel to the next
   int64_t runs, steps, pitch;
-  int64_t chunk;  // runs that are summed before they join the others: less rounding, and weights that fit L1
+  int64_t chunk;  // runs that are summed before they join the others: less rounding
   int64_t rows;   // output rows of a task
 };
 

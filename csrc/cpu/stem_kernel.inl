@@ -7,41 +7,56 @@
 //   time y                       = output transform of sums, with scale, bias, residual and activation
 
 struct StemRuns {
-  int64_t runs, steps, pitch;
+  int64_t runs, steps, pitch, chunk;
 };
 
-// runs * weights for MR pixels and NV vectors of output channels, added to `sums` unless `first`.
+// runs * weights for MR pixels and NV vectors of output channels. Every loop over them is unrolled by force:
+// one that is not keeps the accumulators in memory.
 template <int MR, int NV>
-static void stem_tile(const float* const* at, const float* b, const StemRuns& r, float* sums, bool first) {
+static void stem_tile(const float* const* at, const float* b, const StemRuns& r, float* sums) {
   V::Reg acc[MR][NV];
   const float* a[MR];
+#pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) a[i] = at[i];
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
   const int64_t steps = r.steps, pitch = r.pitch;
-  for (int64_t run = 0; run < r.runs; ++run) {
-    for (int64_t e = 0; e < steps; ++e) {
-      V::Reg w[NV];
-      for (int j = 0; j < NV; ++j) w[j] = V::load(b + j * V::kLanes);
-      for (int i = 0; i < MR; ++i) {
-        const V::Reg v = V::broadcast(a[i] + e);
-        for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
+  for (int64_t run = 0; run < r.runs;) {
+    const int64_t first = run, end = r.runs - run < r.chunk ? r.runs : run + r.chunk;
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
+    for (; run < end; ++run) {
+      for (int64_t e = 0; e < steps; ++e) {
+        V::Reg w[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) w[j] = V::load(b + j * V::kLanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+          const V::Reg v = V::broadcast(a[i] + e);
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
+        }
+        b += NV * V::kLanes;
       }
-      b += NV * V::kLanes;
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; ++i) a[i] += pitch;
     }
-    for (int i = 0; i < MR; ++i) a[i] += pitch;
+    if (first)
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = V::add(V::load(sums + (i * NV + j) * V::kLanes), acc[i][j]);
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) V::store(sums + (i * NV + j) * V::kLanes, acc[i][j]);
   }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) {
-      float* to = sums + (i * NV + j) * V::kLanes;
-      V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
-    }
 }
 
 // stem_tile for 1 .. MAX pixels
 template <int NV, int MAX>
 struct StemTiles {
-  void (*fn[MAX + 1])(const float* const*, const float*, const StemRuns&, float*, bool);
+  void (*fn[MAX + 1])(const float* const*, const float*, const StemRuns&, float*);
   constexpr StemTiles() : fn{} { fill<MAX>(); }
   template <int MR>
   constexpr void fill() {
@@ -149,20 +164,15 @@ struct Stem {
                 int64_t next_sums) const {
     constexpr int kMax = V::max_rows(NV);
     static constexpr StemTiles<NV, kMax> tiles{};
-    const int64_t per_run = plan.steps * NV * V::kLanes;
+    const StemRuns r{plan.runs, plan.steps, plan.pitch, plan.chunk};
     const float* pixels[kGroup];
-    for (int p = 0; p < a; ++p) {
-      for (int64_t run = 0; run < plan.runs; run += plan.chunk, u += plan.chunk * per_run) {
-        const int64_t left = plan.runs - run;
-        const StemRuns r{left < plan.chunk ? left : plan.chunk, plan.steps, plan.pitch};
-        for (int64_t i = 0; i < count; ++i) pixels[i] = at[i] + p * next_x + run * plan.pitch;
-        for (int64_t i = 0; i < count;) {
-          const int64_t rest = count - i;
-          const int64_t mr = rest >= 2 * kMax ? kMax : rest > kMax ? (rest + 1) / 2 : rest;
-          tiles.fn[mr](pixels + i, u, r, sums + p * next_sums + i * NV * V::kLanes, run == 0);
-          i += mr;
-        }
-        if (left < plan.chunk) u -= (plan.chunk - left) * per_run;
+    for (int p = 0; p < a; ++p, u += plan.runs * plan.steps * NV * V::kLanes) {
+      for (int64_t i = 0; i < count; ++i) pixels[i] = at[i] + p * next_x;
+      for (int64_t i = 0; i < count;) {
+        const int64_t rest = count - i;
+        const int64_t mr = rest >= 2 * kMax ? kMax : rest > kMax ? (rest + 1) / 2 : rest;
+        tiles.fn[mr](pixels + i, u, r, sums + p * next_sums + i * NV * V::kLanes);
+        i += mr;
       }
     }
   }
