@@ -383,6 +383,84 @@ class AmxCpu(DirectCpu):
         return products_of_all + blocks * spread * (0.3 + 0.2 * slices) + transformed
 
 
+_STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
+_STRICT_STEMS = {
+    3: (2, 4),
+    4: (2, 4),
+    5: (2,),
+    6: (2,),
+}  # kernels of 7x7 and more, whose stock error is larger
+
+
+class StemCpu(DirectCpu):
+    """Our C++ convolution for stems (csrc/cpu/stem*): Toom-Cook along depth; reads the parameter itself.
+
+    Args:
+        tile: output frames that share their multiplications.
+    """
+
+    copies_weights = False
+    pack = AmxCpu.pack  # the parameter as it is
+
+    def __init__(self, tile: int) -> None:
+        self.tile = tile
+        self.name = f"stem F({tile})"
+
+    def can_run(self, request: Request) -> str | None:
+        why_not = super().can_run(request)
+        if why_not is not None:
+            return why_not
+        p = request.problem
+        if p.c > 4:
+            return f"is for stems of at most 4 input channels, got {p.c}"
+        if p.dilation != (1, 1, 1):
+            return "needs dilation 1"
+        if p.stride[0] > 2:
+            return f"needs a stride of 1 or 2 along depth, got {p.stride[0]}"
+        if p.kernel[0] > 7 or self._taps(p) < 3:
+            return f"is not for kernel {p.kernel} with stride {p.stride}"
+        if self.tile not in _STEM_TILES[self._taps(p)]:
+            return f"the tile is not for {self._taps(p)} taps along depth"
+        if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
+            return "the tile is outside R3D_KERNELS_FP32=strict"
+        return None
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        return torch.ops.r3d_kernels.conv3d_stem(
+            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile
+        )
+
+    @staticmethod
+    def _taps(p: ConvProblem) -> int:
+        return -(-p.kernel[0] // p.stride[0])  # the frames that a stride skips are taken for channels
+
+    def _exact(self, p: ConvProblem) -> bool:
+        """Within twice the error of the stock layer."""
+        if p.kernel[1] * p.kernel[2] < 49:
+            return (self.tile, self._taps(p)) == (2, 3)
+        return self.tile in _STRICT_STEMS.get(self._taps(p), ())
+
+    def _products(self, p: ConvProblem) -> int:
+        """Pairs of an input and a filter point for all pixels of one channel."""
+        tiles = p.n * -(-p.out_size[0] // self.tile)
+        return tiles * (self.tile + self._taps(p) - 1) * p.out_size[1] * p.out_size[2]
+
+    def work(self, request: Request) -> Work:
+        p = request.problem
+        macs = self._products(p) * p.k * p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
+        return Work(macs, p.bytes(request.dtype), torch.float32)
+
+    def cycles(self, request: Request) -> float:
+        p, lanes = request.problem, _vector_lanes()
+        columns = -(-p.k // lanes) * lanes
+        steps = p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
+        products = self._products(p) * columns * steps / (2 * lanes * 0.9)
+        points = self.tile + self._taps(p) - 1
+        weights = points * self._taps(p) * steps * columns  # transformed in float64
+        return products + self._products(p) * (4 * columns + 8 * p.c) / lanes + weights
+
+
 class OneDnn:
     """oneDNN's fused convolution as torch ships it, with prepacked weights (a private API of torch: probed first)."""
 
@@ -520,6 +598,7 @@ KERNELS: list[Kernel] = [
     DirectCpu(),
     *map(WinogradCpu, _TILES),
     *map(AmxCpu, _AMX_TILES),
+    *map(StemCpu, (2, 4, 6, 8)),
     OneDnn(),
     Sm90Cuda(),
     CudnnBnAct(),

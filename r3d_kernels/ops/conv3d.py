@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
 
-__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed", "conv3d_tiles"]
+__all__ = ["conv3d_bn_act", "conv3d_pack", "conv3d_packed", "conv3d_stem", "conv3d_tiles"]
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 
@@ -247,6 +247,56 @@ def conv3d_tiles(
     )
 
 
+def conv3d_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    activation: str | None = "relu",
+    tile: int = 4,
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` for stems: at most four input channels; nothing is packed.
+
+    `tile` output frames are computed together from fewer multiplications along depth: Toom-Cook / Winograd minimal
+    filtering (Winograd 1980; Lavin & Gray, CVPR 2016) in float32, of ``taps = ceil(T / stride)`` taps. Seven taps and
+    tiles of 4 take 10 products in place of 28. Height and width are direct. A NaN or infinity may spread over
+    the frames of its tile.
+
+    Args:
+        x: [N, C, D, H, W], C <= 4, float32 or bfloat16, CPU; contiguous and channels_last_3d are read as they are.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise). T is 3 to 7, or 5 to 7
+            with a stride of 2 along depth.
+        bias: float32 [K].
+        scale: float32 [K], applied to the float32 sums, or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        stride: an int or three (depth, height, width); 1 or 2 along depth.
+        padding: an int or three.
+        tile: output frames of a tile: 2 or 4, also 8 for 3 or 4 taps, and 6 for 5 or 7. The larger, the fewer
+            multiplications and the larger the error; csrc/cpu/stem.h has a table.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_stem(
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.activation(activation),
+        tile,
+    )
+
+
 def _empty_output(
     x: Tensor,
     out_channels: int,
@@ -286,6 +336,21 @@ if _extension.error is None:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
+    @torch.library.register_fake("r3d_kernels::conv3d_stem")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        activation: str,
+        tile: int,
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
+
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
     def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, algorithm: str = "direct") -> Tensor:
         # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
@@ -310,7 +375,7 @@ if _extension.error is None:
 
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(torch.ops.r3d_kernels.conv3d_tiles)
+    @register_flop_formula([torch.ops.r3d_kernels.conv3d_tiles, torch.ops.r3d_kernels.conv3d_stem])
     def _flops_of_tiles(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
