@@ -8,16 +8,15 @@
 // Points are 0, pairs of +-p, and infinity where a is even. Pairs halve the transforms: for +-p the rows of
 // the input transform are E + p O and E - p O, and the output needs the sum and the difference of two
 // products only. The p below came out of a search for the least amplification of rounding over multiples of
-// 1/16; they are near tan(i pi / a), evenly spread over the projective line, and every coefficient is exact
-// in float32. F(4,7) with them has a third of the error of 0, +-1, +-1/2, +-2, +-1/4.
+// 1/16; they are near tan(i pi / a), evenly spread over the projective line, and nearly all coefficients are
+// exact in float32. F(4,7) with them has a third of the error of 0, +-1, +-1/2, +-2, +-1/4, infinity.
 //
 // Relative L2 error against float64 as measured, 7x7 kernels, 1 to 4 channels (stride 2 along depth doubles
 // them), the worst of normal data, ReLU of it, uniform 0..255, and 0..255 nearly static with and without
 // normalisation; the first is always the worst (the stock layer and the direct kernel: 2 to 3e-7).
-//   F(2,3) 1.7e-7   F(4,3) 3.0e-7   F(8,3) 1.5e-6   F(2,4) 2.4e-7   F(4,4) 4.4e-7   F(8,4) 2.3e-6
-//   F(2,5) 3.1e-7 F(4,5) 5.9e-7   F(6,5) 1.3e-6   F(2,6) 4.6e-7   F(4,6) 9.1e-7   F(2,7) 6.8e-7 F(4,7) 1.4e-6
-//   F(6,7) 3.3e-6
-// F(8,7) would have 8e-6.
+//   F(2,3) 1.7e-7   F(4,3) 3.0e-7   F(8,3) 1.5e-6   F(2,4) 2.4e-7   F(4,4) 4.4e-7
+//   F(8,4) 2.3e-6   F(2,5) 3.1e-7   F(4,5) 5.9e-7   F(6,5) 1.3e-6   F(2,6) 4.6e-7
+//   F(4,6) 9.1e-7   F(2,7) 6.8e-7   F(4,7) 1.4e-6   F(6,7) 3.3e-6   (F(8,7) would have about 8e-6)
 #pragma once
 
 #include "../conv3d.h"
