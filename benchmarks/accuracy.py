@@ -18,12 +18,15 @@ from measure import machine, relative_error, write_json
 
 from r3d_kernels import backends, ops
 
-ALGORITHMS = {
-    (3, 3, 3): ("direct", "winograd222", "winograd244"),
-    (1, 3, 3): ("direct", "winograd122", "winograd144"),
-    (3, 1, 1): ("direct", "winograd211", "winograd411"),
-    (1, 1, 1): ("direct",),
+# outputs of a Winograd tile along depth, height and width
+WINOGRAD = {
+    (3, 3, 3): ((2, 2, 2), (2, 4, 4), (4, 4, 4)),
+    (1, 3, 3): ((1, 2, 2), (1, 4, 4)),
+    (3, 1, 1): ((2, 1, 1), (4, 1, 1)),
+    (1, 1, 1): (),
 }
+# stems: kernel -> output frames of a tile
+STEMS = {(7, 7, 7): (2, 4, 6), (5, 7, 7): (2, 4, 6), (3, 7, 7): (2, 4, 8)}
 # matrix tiles: (outputs of a Winograd tile, slices of an operand); without AMX they run in plain loops
 TILES = {
     (3, 3, 3): (
@@ -52,17 +55,34 @@ def measure_one(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
     padding = tuple(k // 2 for k in kernel)
     want = F.conv3d(x.double(), weight.double(), padding=padding)
     errors = {"stock": relative_error(F.conv3d(x, weight, padding=padding), want)}
-    geometry = {"out_channels": c, "kernel_size": kernel, "padding": padding, "activation": None}
-    for algorithm in ALGORITHMS[kernel]:
-        packed = ops.conv3d_pack(weight, algorithm=algorithm)
-        errors[algorithm] = relative_error(ops.conv3d_packed(x, packed, torch.zeros(c), **geometry), want)
+    zeros = torch.zeros(c)
+    y = ops.conv3d_direct(x, weight, zeros, padding=padding, activation=None)
+    errors["direct"] = relative_error(y, want)
+    for tile in WINOGRAD[kernel]:
+        y = ops.conv3d_winograd(x, weight, zeros, padding=padding, activation=None, tile=tile)
+        errors[f"winograd{''.join(map(str, tile))}"] = relative_error(y, want)
     if backends.describe()["isa"] == "amx":
         for tile, slices in TILES[kernel]:
             name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
-            y = ops.conv3d_tiles(
-                x, weight, torch.zeros(c), padding=padding, activation=None, slices=slices, tile=tile
-            )
+            y = ops.conv3d_tiles(x, weight, zeros, padding=padding, activation=None, slices=slices, tile=tile)
             errors[name] = relative_error(y, want)
+    return errors
+
+
+def measure_stem(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
+    """As `measure_one`, for a clip of c channels: values 0 to 255, less their mean, as decoders and transforms give."""
+    generator = torch.Generator().manual_seed(c)
+    x = torch.rand(1, c, 16, 56, 56, generator=generator) * 255 - 114
+    weight = torch.randn(64, c, *kernel, generator=generator) / (c * 49 * kernel[0]) ** 0.5
+    geometry = {"stride": (1, 2, 2), "padding": tuple(k // 2 for k in kernel)}
+    want = F.conv3d(x.double(), weight.double(), **geometry)
+    errors = {"stock": relative_error(F.conv3d(x, weight, **geometry), want)}
+    zeros = torch.zeros(64)
+    y = ops.conv3d_direct(x, weight, zeros, activation=None, **geometry)
+    errors["direct"] = relative_error(y, want)
+    for tile in STEMS[kernel]:
+        y = ops.conv3d_stem(x, weight, zeros, activation=None, tile=tile, **geometry)
+        errors[f"stem{tile}"] = relative_error(y, want)
     return errors
 
 
@@ -72,12 +92,13 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     with torch.inference_mode():
-        for kernel in ALGORITHMS:
-            for c in CHANNELS:
-                errors = measure_one(kernel, c)
-                rows.append({"kernel": list(kernel), "channels": c, "size": list(SIZE), "errors": errors})
-                text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
-                print(f"{'x'.join(map(str, kernel))} C={c:<4} {text}")
+        cases = [(k, c, measure_one) for k in WINOGRAD for c in CHANNELS]
+        cases += [(k, c, measure_stem) for k in STEMS for c in (1, 3)]
+        for kernel, c, measure in cases:
+            errors = measure(kernel, c)
+            rows.append({"kernel": list(kernel), "channels": c, "errors": errors})
+            text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            print(f"{'x'.join(map(str, kernel))} C={c:<4} {text}")
     if args.json:
         write_json(args.json, {"machine": machine(), "float32": rows})
     return 0

@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/recycle.h"
+#include "cpu/stem.h"
 #include "cpu/tiles.h"
 #include "cuda/conv3d_sm80.h"
 #include "cuda/conv3d_sm90.h"
@@ -377,6 +378,34 @@ Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale,
                        : "";
       },
       kChannelsLast, [](const cpu::WinogradArgs& a) { cpu::conv3d_winograd(a); });
+}
+
+Tensor conv3d_stem_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
+                       std::optional<Tensor> residual, Ints stride, Ints padding, std::string activation,
+                       int64_t tile) {
+  R3D_CHECK(tile >= 1 && tile <= 8, "tile: expected 2, 4, 6 or 8, got ", tile);
+  cpu::StemArgs args{};
+  args.tile = static_cast<int>(tile);
+  return on_parameter(
+      args, x, weight, scale, bias, residual, stride, padding, {1, 1, 1}, activation,
+      [&](const cpu::StemArgs& a) {
+        const char* why_not = cpu::stem_refuses(a.conv.g, a.tile);
+        return why_not ? why_not + (": got weight " + text(sizes(weight)) + ", stride " + text(stride) +
+                                    ", tile " + std::to_string(tile))
+                       : std::string();
+      },
+      // A clip is read where it lies: planes of one channel each, or pixels with their channels side by side.
+      [](cpu::StemArgs& a, const Tensor& clip) {
+        a.planes = clip.stride(4) == 1 || clip.size(4) == 1;
+        const bool pixels = (clip.stride(1) == 1 || clip.size(1) == 1) && clip.stride(4) == clip.size(1);
+        const Tensor placed = a.planes || pixels ? clip : channels_last(clip);
+        a.x_n = placed.stride(0);
+        a.x_c = placed.stride(1);
+        a.x_d = placed.stride(2);
+        a.x_h = placed.stride(3);
+        return placed;
+      },
+      [](const cpu::StemArgs& a) { cpu::conv3d_stem(a); });
 }
 
 // ---- pooling and head
@@ -820,6 +849,9 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   m.def(
       "conv3d_direct(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] padding, int[] dilation, str activation) -> Tensor");
+  m.def(
+      "conv3d_stem(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
+      "int[] padding, str activation, int tile) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");
@@ -836,6 +868,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
   m.impl("conv3d_winograd", TORCH_BOX(&r3d::conv3d_winograd_cpu));
   m.impl("conv3d_direct", TORCH_BOX(&r3d::conv3d_direct_cpu));
+  m.impl("conv3d_stem", TORCH_BOX(&r3d::conv3d_stem_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));

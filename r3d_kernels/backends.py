@@ -192,7 +192,6 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 _BYTES_A_CYCLE = 6.0  # weights from beyond L2, per core
-_MOST_PACKED = 48 << 20  # bytes; tiles of four outputs blow 3x3x3 weights up more than five times
 
 
 class DirectCpu:
@@ -259,11 +258,8 @@ class WinogradCpu(DirectCpu):
         tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
     """
 
-    copies_weights = True
-
     def __init__(self, tile: tuple[int, int, int]) -> None:
         self.tile = tile
-        self.algorithm = "winograd" + "".join(map(str, tile))
         self.name = f"winograd F({','.join(map(str, tile))})"
 
     def can_run(self, request: Request) -> str | None:
@@ -275,37 +271,29 @@ class WinogradCpu(DirectCpu):
             return f"the tile is not for kernel {p.kernel}"
         if p.stride != (1, 1, 1) or p.dilation != (1, 1, 1):
             return "needs stride 1 and dilation 1"
-        packed = math.prod(map(_tile_inputs, self.tile)) * p.c * p.k * 4
-        if 4 in self.tile and packed > _MOST_PACKED:
-            return f"its weights would take {packed >> 20} MiB"
         if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
             return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
         return None
 
-    def pack(self, layer: Layer, request: Request) -> Any:
-        packed = torch.ops.r3d_kernels.conv3d_pack(layer.weight, layer.scale, request.dtype, self.algorithm)
-        return packed, layer.shift.float()
-
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
-        return torch.ops.r3d_kernels.conv3d_bias_act(
-            x, *pack, residual, p.k, p.kernel, p.stride, p.padding, p.dilation, p.activation or "none"
+        return torch.ops.r3d_kernels.conv3d_winograd(
+            x, *pack, residual, p.padding, p.activation or "none", self.tile
         )
 
     def work(self, request: Request) -> Work:
         p = request.problem
         tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
         points = math.prod(map(_tile_inputs, self.tile))
-        extra = (points * 4 - math.prod(p.kernel) * request.dtype.itemsize) * p.c * p.k  # transformed weights
-        return Work(tiles * points * p.c * p.k, p.bytes(request.dtype) + extra, torch.float32)
+        return Work(tiles * points * p.c * p.k, p.bytes(request.dtype), torch.float32)
 
     def cycles(self, request: Request) -> float:
         p, lanes = request.problem, _vector_lanes()
         tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
         points = math.prod(map(_tile_inputs, self.tile))
-        work = tiles * points * (p.c * p.k / (2 * lanes) + 12 * (p.c + p.k) / lanes)
-        passes = -(-tiles // 48)  # each streams all the weights
-        return work + passes * points * p.c * p.k * 4 / _BYTES_A_CYCLE
+        transforms = 10 * tiles * (p.c + p.k) + 6 * p.c * p.k  # of inputs, outputs and weights
+        weights = math.prod(p.kernel) * p.c * p.k * request.dtype.itemsize / _BYTES_A_CYCLE
+        return tiles * points * p.c * p.k / (2 * lanes) + points * transforms / lanes + weights
 
 
 class AmxCpu(DirectCpu):
@@ -389,6 +377,81 @@ class AmxCpu(DirectCpu):
         blocks = max(1.0, pixels * slices * 2 / 2**19)
         transformed = pixels * slices * points / math.prod(self.tile)
         return products_of_all + blocks * spread * (0.3 + 0.2 * slices) + transformed
+
+
+_STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
+_STRICT_STEMS = {
+    3: (2, 4),
+    4: (2, 4),
+    5: (2,),
+    6: (2,),
+}  # kernels of 7x7 and more, whose stock error is larger
+
+
+class StemCpu(DirectCpu):
+    """Our C++ convolution for stems (csrc/cpu/stem*): Toom-Cook along depth; reads the parameter itself.
+
+    Args:
+        tile: output frames that share their multiplications.
+    """
+
+    def __init__(self, tile: int) -> None:
+        self.tile = tile
+        self.name = f"stem F({tile})"
+
+    def can_run(self, request: Request) -> str | None:
+        why_not = super().can_run(request)
+        if why_not is not None:
+            return why_not
+        p = request.problem
+        if p.c > 4:
+            return f"is for stems of at most 4 input channels, got {p.c}"
+        if p.dilation != (1, 1, 1):
+            return "needs dilation 1"
+        if p.stride[0] > 2:
+            return f"needs a stride of 1 or 2 along depth, got {p.stride[0]}"
+        if p.kernel[0] > 7 or self._taps(p) < 3:
+            return f"is not for kernel {p.kernel} with stride {p.stride}"
+        if self.tile not in _STEM_TILES[self._taps(p)]:
+            return f"the tile is not for {self._taps(p)} taps along depth"
+        if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
+            return "the tile is outside R3D_KERNELS_FP32=strict"
+        return None
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        return torch.ops.r3d_kernels.conv3d_stem(
+            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile
+        )
+
+    @staticmethod
+    def _taps(p: ConvProblem) -> int:
+        return -(-p.kernel[0] // p.stride[0])  # the frames that a stride skips are taken for channels
+
+    def _exact(self, p: ConvProblem) -> bool:
+        """Within twice the error of the stock layer."""
+        if p.kernel[1] * p.kernel[2] < 49:
+            return (self.tile, self._taps(p)) == (2, 3)
+        return self.tile in _STRICT_STEMS.get(self._taps(p), ())
+
+    def _products(self, p: ConvProblem) -> int:
+        """Pairs of an input and a filter point for all pixels of one channel."""
+        tiles = p.n * -(-p.out_size[0] // self.tile)
+        return tiles * (self.tile + self._taps(p) - 1) * p.out_size[1] * p.out_size[2]
+
+    def work(self, request: Request) -> Work:
+        p = request.problem
+        macs = self._products(p) * p.k * p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
+        return Work(macs, p.bytes(request.dtype), torch.float32)
+
+    def cycles(self, request: Request) -> float:
+        p, lanes = request.problem, _vector_lanes()
+        columns = -(-p.k // lanes) * lanes
+        steps = p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
+        products = self._products(p) * columns * steps / (2 * lanes * 0.9)
+        points = self.tile + self._taps(p) - 1
+        weights = points * self._taps(p) * steps * columns  # transformed in float64
+        return products + self._products(p) * (4 * columns + 8 * p.c) / lanes + weights
 
 
 class OneDnn:
@@ -522,12 +585,13 @@ def _onednn_ops() -> bool:
 
 
 # In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
-_TILES = ((2, 2, 2), (2, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
+_TILES = ((2, 2, 2), (2, 4, 4), (4, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
 _AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
 KERNELS: list[Kernel] = [
     DirectCpu(),
     *map(WinogradCpu, _TILES),
     *map(AmxCpu, _AMX_TILES),
+    *map(StemCpu, (2, 4, 6, 8)),
     OneDnn(),
     Sm90Cuda(),
     CudnnBnAct(),

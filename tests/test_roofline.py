@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -78,12 +77,10 @@ def test_work_of_winograd(tile: tuple[int, int, int], text: str, saving: float) 
     r = request(text)
     macs, moved, _ = backends.work(backends.WinogradCpu(tile), r)
     assert r.problem.macs / macs == saving
-    weights = 4 * 8 * 16 * math.prod(m + 2 if m > 1 else 1 for m in tile)
-    without = r.problem.bytes() - 4 * math.prod(r.problem.weight_shape)
-    assert moved == without + weights
-    half = request(text, torch.bfloat16)  # its transformed weights stay float32
-    halved = half.problem.bytes(torch.bfloat16) - 2 * math.prod(half.problem.weight_shape)
-    assert backends.work(backends.WinogradCpu(tile), half) == (macs, halved + weights, torch.float32)
+    assert moved == r.problem.bytes()  # the parameter is read, what becomes of it stays in the caches
+    half = request(text, torch.bfloat16)  # products of float32 all the same
+    halved = half.problem.bytes(torch.bfloat16)
+    assert backends.work(backends.WinogradCpu(tile), half) == (macs, halved, torch.float32)
 
 
 def test_limits() -> None:

@@ -8,6 +8,7 @@
 #include "../norm.h"
 #include "conv3d_plan.h"
 #include "recycle.h"
+#include "stem.h"
 #include "winograd.h"
 
 #if defined(__x86_64__)
@@ -34,7 +35,8 @@ struct Kernels {
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
   void (*direct_f32)(const DirectArgs&, const Chunk*, int, int64_t, int);
   void (*direct_bf16)(const DirectArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
-  void (*winograd)(const WinogradArgs&);                                  // float32 arithmetic
+  void (*winograd)(const WinogradArgs&);                                    // float32 arithmetic
+  void (*stem)(const StemArgs&);
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
   void (*bn_act)(const BnActArgs&);
@@ -63,6 +65,7 @@ void bn_act(const BnActArgs& args);
                            &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, float>,    \
                            &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
                            &ISA::winograd_any,                                          \
+                           &ISA::stem_any,                                              \
                            &ISA::max_pool3d_any,                                        \
                            &ISA::avg_pool_linear_any,                                   \
                            &ISA::bn_act_any};                                           \

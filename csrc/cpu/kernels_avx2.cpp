@@ -95,6 +95,7 @@ struct V {
 #include "conv3d_kernel.inl"
 #include "lanes.inl"
 #include "pool_kernel.inl"
+#include "stem_kernel.inl"
 #include "winograd_kernel.inl"
 }  // namespace r3d::cpu::avx2
 R3D_TARGET_POP

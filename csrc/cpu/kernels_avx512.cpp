@@ -14,6 +14,7 @@ namespace r3d::cpu::avx512 {
 #include "conv3d_kernel.inl"
 #include "lanes.inl"
 #include "pool_kernel.inl"
+#include "stem_kernel.inl"
 #include "winograd_kernel.inl"
 }  // namespace r3d::cpu::avx512
 R3D_TARGET_POP

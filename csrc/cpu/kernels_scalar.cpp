@@ -80,6 +80,7 @@ struct V {
 #include "conv3d_kernel.inl"
 #include "lanes.inl"
 #include "pool_kernel.inl"
+#include "stem_kernel.inl"
 #include "tiles_kernel.inl"
 #include "winograd_kernel.inl"
 

@@ -16,8 +16,9 @@ struct Axis2 {  // F(2, 3), points 0, 1, -1, inf
   static constexpr int taps = 3, m = 2, a = 4;
 };
 
-struct Axis4 {  // F(4, 3), points 0, 1, -1, 1/2, -2, inf: a third less error than 0, +-1, +-2
+struct Axis4 {  // F(4, 3), points 0, +-p, +-q, inf: pairs share half of their transforms
   static constexpr int taps = 3, m = 4, a = 6;
+  static constexpr float p = 5.f / 8, q = 3.f / 2;
 };
 
 // Outputs of a tile along depth, height and width: 1 where the kernel is 1, else 2 or 4.
@@ -29,7 +30,8 @@ struct WinogradTile {
 };
 
 // The tiles that are compiled.
-constexpr WinogradTile kWinogradTiles[] = {{2, 2, 2}, {2, 4, 4}, {1, 2, 2}, {1, 4, 4}, {2, 1, 1}, {4, 1, 1}};
+constexpr WinogradTile kWinogradTiles[] = {{2, 2, 2}, {2, 4, 4}, {4, 4, 4}, {1, 2, 2},
+                                           {1, 4, 4}, {2, 1, 1}, {4, 1, 1}};
 
 // The tile of a code such as 244, or {0, 0, 0}.
 constexpr WinogradTile winograd_tile(int code) {

@@ -1,8 +1,8 @@
 // Winograd convolution over channels-last tensors, float32 arithmetic, from the parameter itself. Included
 // like conv3d_kernel.inl, after it and after lanes.inl.
 //
-// Three axes with a role each: `p` (depth, unless only depth has a kernel) has tiles of at most two outputs,
-// whose transforms only add and subtract; `y` and `x` have tiles of up to four.
+// Three axes: `y` and `x`, and `p` (depth, unless only depth has a kernel), whose points are planes of y and
+// x.
 //   U[point][c][k]    = weights, transformed at every call: little work next to the products that they take
 //   part in V[tile][c / lanes][point][c % lanes] = input transform: what the transform of a vector makes lies
 //   together,
@@ -28,12 +28,17 @@ static inline __attribute__((always_inline)) void filter_axis(Axis2, const V::Re
   u[3] = g[2];
 }
 static inline __attribute__((always_inline)) void filter_axis(Axis4, const V::Reg* g, V::Reg* u) {
-  const V::Reg ends = V::add(g[0], g[2]), third = V::set(1.f / 3);
-  u[0] = g[0];
-  u[1] = V::mul(V::add(g[1], ends), third);
-  u[2] = V::mul(V::sub(g[1], ends), third);
-  u[3] = V::mul(V::fma(V::set(4), g[0], V::fma(V::set(2), g[1], g[2])), V::set(-4.f / 15));
-  u[4] = V::mul(V::fma(V::set(4), g[2], V::fma(V::set(-2), g[1], g[0])), V::set(1.f / 15));
+  constexpr double p = Axis4::p, q = Axis4::q, cp = 1 / (2 * p * p * (p * p - q * q)),
+                   cq = 1 / (2 * q * q * (q * q - p * p));
+  const V::Reg ep = V::fma(V::set(float(cp * p * p)), g[2], V::mul(V::set(float(cp)), g[0])),
+               op = V::mul(V::set(float(cp * p)), g[1]);
+  const V::Reg eq = V::fma(V::set(float(cq * q * q)), g[2], V::mul(V::set(float(cq)), g[0])),
+               oq = V::mul(V::set(float(cq * q)), g[1]);
+  u[0] = V::mul(g[0], V::set(float(1 / (p * p * q * q))));
+  u[1] = V::add(ep, op);
+  u[2] = V::sub(ep, op);
+  u[3] = V::add(eq, oq);
+  u[4] = V::sub(eq, oq);
   u[5] = g[2];
 }
 
@@ -47,13 +52,15 @@ static inline __attribute__((always_inline)) void input_axis(Axis2, const V::Reg
   v[3] = V::sub(d[3], d[1]);
 }
 static inline __attribute__((always_inline)) void input_axis(Axis4, const V::Reg* d, V::Reg* v) {
-  const V::Reg a = V::sub(d[4], d[2]), b = V::sub(d[3], d[1]), h = V::set(1.5f);
-  v[0] = V::fma(h, b, V::add(V::sub(d[0], d[2]), a));
-  v[1] = V::fma(h, V::add(d[2], d[3]), V::add(a, b));
-  v[2] = V::fma(h, V::sub(d[3], d[2]), V::sub(a, b));
-  v[3] = V::fma(V::set(2), b, a);
-  v[4] = V::fma(V::set(-.5f), b, a);
-  v[5] = V::fma(h, a, V::sub(V::sub(d[5], d[3]), b));
+  constexpr float p = Axis4::p, q = Axis4::q, pp = p * p, qq = q * q;
+  const V::Reg ep = V::fma(V::set(-qq), d[2], d[4]), op = V::fma(V::set(-qq), d[1], d[3]);
+  const V::Reg eq = V::fma(V::set(-pp), d[2], d[4]), oq = V::fma(V::set(-pp), d[1], d[3]);
+  v[0] = V::fma(V::set(pp * qq), d[0], V::fma(V::set(-pp - qq), d[2], d[4]));
+  v[1] = V::fma(V::set(p), op, ep);
+  v[2] = V::fma(V::set(-p), op, ep);
+  v[3] = V::fma(V::set(q), oq, eq);
+  v[4] = V::fma(V::set(-q), oq, eq);
+  v[5] = V::fma(V::set(pp * qq), d[1], V::fma(V::set(-pp - qq), d[3], d[5]));
 }
 
 static inline __attribute__((always_inline)) void output_axis(Axis1, const V::Reg* m, V::Reg* y) {
@@ -64,11 +71,90 @@ static inline __attribute__((always_inline)) void output_axis(Axis2, const V::Re
   y[1] = V::add(V::sub(m[1], m[2]), m[3]);
 }
 static inline __attribute__((always_inline)) void output_axis(Axis4, const V::Reg* m, V::Reg* y) {
-  const V::Reg s = V::add(m[1], m[2]), t = V::sub(m[1], m[2]);
-  y[0] = V::add(V::add(s, m[0]), V::add(m[3], m[4]));
-  y[1] = V::fma(V::set(-2), m[4], V::fma(V::set(.5f), m[3], t));
-  y[2] = V::fma(V::set(4), m[4], V::fma(V::set(.25f), m[3], s));
-  y[3] = V::add(V::fma(V::set(-8), m[4], V::fma(V::set(.125f), m[3], t)), m[5]);
+  constexpr float p = Axis4::p, q = Axis4::q;
+  const V::Reg sp = V::add(m[1], m[2]), tp = V::sub(m[1], m[2]), sq = V::add(m[3], m[4]),
+               tq = V::sub(m[3], m[4]);
+  y[0] = V::add(m[0], V::add(sp, sq));
+  y[1] = V::fma(V::set(p), tp, V::mul(V::set(q), tq));
+  y[2] = V::fma(V::set(p * p), sp, V::mul(V::set(q * q), sq));
+  y[3] = V::fma(V::set(p * p * p), tp, V::fma(V::set(q * q * q), tq, m[5]));
+}
+
+// ---- the products of one point
+
+// m[MR][NV vectors] (+)= v[MR][steps] * u[steps][NV vectors]. Tiles lie ldv floats apart in v; a vector of
+// channels follows the one before after `next`. kStream: the weights are fetched past L2, which they would
+// flush; the rows that follow find them in L1.
+template <int MR, int NV, bool kStream>
+static void product(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int steps,
+                    bool first) {
+  constexpr int kAhead = 2048 / 4;
+  V::Reg acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
+  const float* rows[MR];
+  for (int i = 0; i < MR; ++i) rows[i] = v + i * ldv;
+  auto step = [&](int e) __attribute__((always_inline)) {
+    V::Reg w[NV];
+    for (int j = 0; j < NV; ++j) {
+      if (kStream && j * V::kLanes % 16 == 0) __builtin_prefetch(u + kAhead + j * V::kLanes, 0, 0);
+      w[j] = V::load(u + j * V::kLanes);
+    }
+    for (int i = 0; i < MR; ++i) {
+      const V::Reg a = V::broadcast(rows[i] + e);
+      for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(a, w[j], acc[i][j]);
+    }
+    u += NV * V::kLanes;
+  };
+  for (; steps >= V::kLanes; steps -= V::kLanes) {
+    for (int i = 0; i < MR; ++i)
+      __builtin_prefetch(rows[i] + V::kLanes, 0, kStream ? 3 : 2);  // the next point's
+#pragma GCC unroll 2
+    for (int e = 0; e < V::kLanes; ++e) step(e);
+    for (int i = 0; i < MR; ++i) rows[i] += next;
+  }
+  for (int e = 0; e < steps; ++e) step(e);
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) {
+      float* to = m + (i * NV + j) * V::kLanes;
+      V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
+    }
+}
+using Product = void (*)(const float*, int64_t, int64_t, const float*, float*, int, bool);
+template <int NV, bool kStream>
+struct Products {  // for 1 .. max_rows
+  Product fn[V::max_rows(NV) + 1];
+  constexpr Products() : fn{} { fill<V::max_rows(NV)>(); }
+  template <int MR>
+  constexpr void fill() {
+    fn[MR] = &product<MR, NV, kStream>;
+    if constexpr (MR > 1) fill<MR - 1>();
+  }
+};
+
+// m[tile][k] (+)= v[tile][c] * u[c][k] over `steps` channels. Pieces of channels are summed one by one: as
+// exact as a direct convolution, which sums in chunks too.
+template <int NV>
+static void multiply(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int count,
+                     int steps, bool first, bool stream) {
+  constexpr int kMax = V::max_rows(NV);
+  static constexpr Products<NV, true> streaming{};
+  static constexpr Products<NV, false> cached{};
+  for (int i = 0; i < count;) {
+    const int left = count - i;
+    const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
+    (stream && i == 0 ? streaming.fn : cached.fn)[mr](v + i * ldv, ldv, next, u, m + i * NV * V::kLanes,
+                                                      steps, first);
+    i += mr;
+  }
+}
+static void multiply(int vectors, const float* v, int64_t ldv, int64_t next, const float* u, float* m,
+                     int count, int steps, bool first, bool stream) {
+  constexpr bool kWide = V::kPanelVectors == 4;
+  if (kWide && vectors == 4) return multiply<kWide ? 4 : 1>(v, ldv, next, u, m, count, steps, first, stream);
+  if (kWide && vectors == 3) return multiply<kWide ? 3 : 1>(v, ldv, next, u, m, count, steps, first, stream);
+  if (vectors == 2) return multiply<2>(v, ldv, next, u, m, count, steps, first, stream);
+  multiply<1>(v, ldv, next, u, m, count, steps, first, stream);
 }
 
 struct WinogradAxis {
@@ -78,7 +164,6 @@ struct WinogradAxis {
 
 template <class AP, class AY, class AX, class T>
 struct Winograd {
-  static_assert(AP::m <= 2, "the planes of a tile of four outputs would be combined with factors");
   static constexpr int kPlane = AY::a * AX::a, kPoints = AP::a * kPlane, kOutputs = AY::m * AX::m;
   static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
   static constexpr int kMost = V::kPanelVectors;
@@ -149,7 +234,7 @@ struct Winograd {
   // One plane after the other, so that nothing has to leave the registers.
   static void filter(const float* flat, float* u, int64_t point) {
     constexpr int kFace = AY::taps * AX::taps;
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int t = 0; t < AP::a; ++t) {
       V::Reg plane[kFace];
 #pragma GCC unroll 9
@@ -203,25 +288,38 @@ struct Winograd {
     from += c;
     for (int j = 0; j < AY::a; ++j, from += row) {
       const T* at[AP::a];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int t = 0; t < AP::a; ++t) at[t] = from + t * slice;
-      V::Reg in[AP::a][AX::a];
+      // Six planes of six are more than there are registers: they wait in memory for the transform along x.
+      constexpr bool kWaits = AP::a * AX::a > 24;
+      alignas(64) float line[kWaits ? AP::a : 1][AX::a][V::kLanes];
+      V::Reg in[kWaits ? 1 : AP::a][AX::a];
 #pragma GCC unroll 6
       for (int k = 0; k < AX::a; ++k) {
         V::Reg slices[AP::a], planes[AP::a];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int t = 0; t < AP::a; ++t) {
           slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::a + t] + c, lanes);
           at[t] += column;
         }
         input_axis(AP(), slices, planes);
-#pragma GCC unroll 4
-        for (int t = 0; t < AP::a; ++t) in[t][k] = planes[t];
+#pragma GCC unroll 6
+        for (int t = 0; t < AP::a; ++t)
+          if constexpr (kWaits)
+            V::store(line[t][k], planes[t]);
+          else
+            in[t][k] = planes[t];
       }
 #pragma GCC unroll 4
       for (int t = 0; t < AP::a; ++t) {
-        V::Reg out[AX::a];
-        input_axis(AX(), in[t], out);
+        V::Reg waited[AX::a], out[AX::a];
+        if constexpr (kWaits) {
+#pragma GCC unroll 6
+          for (int k = 0; k < AX::a; ++k) waited[k] = V::load(line[t][k]);
+          input_axis(AX(), waited, out);
+        } else {
+          input_axis(AX(), in[t], out);
+        }
 #pragma GCC unroll 6
         for (int k = 0; k < AX::a; ++k) V::store(buffer[j][t][k], out[k]);
       }
@@ -271,136 +369,115 @@ struct Winograd {
 
   // ---- output
 
-  // One vector of output channels of one tile and plane. sums: of the planes so far, [slice][output][k]
-  inline __attribute__((always_inline)) void output_vector(const Place& at, int t, const float* from,
-                                                           int64_t stride, int64_t k, int lanes, float* sums,
-                                                           int64_t ld) const {
-    V::Reg buffer[AY::m][AX::a];
-    for (int z = 0; z < AX::a; ++z) {
-      V::Reg in[AY::a], out[AY::m];
-#pragma GCC unroll 6
-      for (int j = 0; j < AY::a; ++j) in[j] = V::load(from + (j * AX::a + z) * stride);
-      output_axis(AY(), in, out);
-#pragma GCC unroll 4
-      for (int j = 0; j < AY::m; ++j) buffer[j][z] = out[j];
+  // Planes are finished in groups: the pairs of points +-p together, because outputs need their sum and
+  // difference.
+  static constexpr int kGroups = AP::a / 2 + 1;
+  static constexpr int group_plane(int group) { return group ? 2 * group - 1 : 0; }
+  static constexpr int group_planes(int group) { return group && group < kGroups - 1 ? 2 : 1; }
+  // Slices of outputs that a group completes.
+  static constexpr int first_done(int group) {
+    return AP::m == 1 ? 0 : group == kGroups - 1 ? AP::m - 1 : group == kGroups - 2 ? 0 : AP::m;
+  }
+  static constexpr int end_done(int group) {
+    return AP::m == 1 || group == kGroups - 1 ? AP::m : group == kGroups - 2 ? AP::m - 1 : 0;
+  }
+
+  // Adds the planes v of a group to the sums s of the slices: s[slice] are loaded before and stored after.
+  static inline __attribute__((always_inline)) void add_planes(int group, const V::Reg* v, V::Reg* s) {
+    if constexpr (AP::m == 1) {
+      s[0] = v[0];
+    } else if constexpr (AP::m == 2) {
+      if (group == 0) {
+        s[0] = v[0];
+      } else if (group == 1) {
+        s[0] = V::add(s[0], V::add(v[0], v[1]));
+        s[1] = V::sub(v[0], v[1]);
+      } else {
+        s[1] = V::add(s[1], v[0]);
+      }
+    } else {
+      constexpr float p = Axis4::p, q = Axis4::q;
+      if (group == 0) {
+        s[0] = v[0];
+      } else if (group == 1) {
+        const V::Reg sum = V::add(v[0], v[1]), difference = V::sub(v[0], v[1]);
+        s[0] = V::add(s[0], sum);
+        s[1] = V::mul(V::set(p), difference);
+        s[2] = V::mul(V::set(p * p), sum);
+        s[3] = V::mul(V::set(p * p * p), difference);
+      } else if (group == 2) {
+        const V::Reg sum = V::add(v[0], v[1]), difference = V::sub(v[0], v[1]);
+        s[0] = V::add(s[0], sum);
+        s[1] = V::fma(V::set(q), difference, s[1]);
+        s[2] = V::fma(V::set(q * q), sum, s[2]);
+        s[3] = V::fma(V::set(q * q * q), difference, s[3]);
+      } else {
+        s[3] = V::add(s[3], v[0]);
+      }
     }
+  }
+
+  // One vector of output channels of one tile and group of planes. sums: of the groups so far,
+  // [slice][output][k]
+  template <int kGroup>
+  inline __attribute__((always_inline)) void output_vector(const Place& at, const float* from, int64_t stride,
+                                                           int64_t k, int lanes, float* sums,
+                                                           int64_t ld) const {
+    constexpr int kPlanes = group_planes(kGroup), kFirst = first_done(kGroup), kEnd = end_done(kGroup);
+    alignas(64) float buffer[kPlanes][AY::m][AX::a][V::kLanes];
+    for (int t = 0; t < kPlanes; ++t)
+      for (int z = 0; z < AX::a; ++z) {
+        V::Reg in[AY::a], out[AY::m];
+#pragma GCC unroll 6
+        for (int j = 0; j < AY::a; ++j) in[j] = V::load(from + (t * kPlane + j * AX::a + z) * stride);
+        output_axis(AY(), in, out);
+#pragma GCC unroll 4
+        for (int j = 0; j < AY::m; ++j) V::store(buffer[t][j][z], out[j]);
+      }
     const int64_t rows = y.out - at.y - y.padding, columns = x.out - at.x - x.padding;
-    const int done = AP::m == 1 ? 0 : t == 2 ? 0 : t == 3 ? 1 : -1;  // the slice that this plane completes
-    const bool finish = done == 0 || (done == 1 && at.p + p.padding + 1 < p.out);
+    const int64_t slices = p.out - at.p - p.padding;
     const V::Reg bias = load_lanes(args.conv.bias + k, lanes);
     const V::Reg scale = args.scale ? load_lanes(args.scale + k, lanes) : V::set(1.f);
     for (int j = 0; j < AY::m; ++j) {
-      V::Reg out[AX::m];
-      output_axis(AX(), buffer[j], out);
-      if (AP::m > 1) {
+      V::Reg out[kPlanes][AX::m];
+#pragma GCC unroll 2
+      for (int t = 0; t < kPlanes; ++t) {
+        V::Reg in[AX::a];
+#pragma GCC unroll 6
+        for (int z = 0; z < AX::a; ++z) in[z] = V::load(buffer[t][j][z]);
+        output_axis(AX(), in, out[t]);
+      }
+      const int64_t to = at.out + j * y.out_step + k;
 #pragma GCC unroll 4
-        for (int z = 0; z < AX::m; ++z) {
-          float* s0 = sums + (j * AX::m + z) * ld;
-          float* s1 = s0 + kOutputs * ld;
-          const V::Reg v = out[z];
-          if (t == 0) {
-            V::store(s0, v);
-          } else if (t == 1) {
-            V::store(s0, V::add(V::load(s0), v));
-            V::store(s1, v);
-          } else if (t == 2) {
-            out[z] = V::add(V::load(s0), v);
-            V::store(s1, V::sub(V::load(s1), v));
-          } else {
-            out[z] = V::add(V::load(s1), v);
+      for (int z = 0; z < AX::m; ++z) {
+        V::Reg v[kPlanes], s[AP::m];
+#pragma GCC unroll 2
+        for (int t = 0; t < kPlanes; ++t) v[t] = out[t][z];
+        float* sum = sums + (j * AX::m + z) * ld;
+        // Group 0 starts the first sum, group 1 the others.
+        constexpr int kLoad = kGroup == 0   ? 0
+                              : kGroup == 1 ? 1
+                                            : AP::m,
+                      kStart = kGroup == kGroups - 1 ? AP::m - 1 : 0;
+#pragma GCC unroll 4
+        for (int i = kStart; i < kLoad; ++i) s[i] = V::load(sum + i * kOutputs * ld);
+        add_planes(kGroup, v, s);
+        constexpr int kStore = kGroup == 0 ? 1 : AP::m;
+#pragma GCC unroll 4
+        for (int i = kStart; i < kStore; ++i) {
+          if (i < kFirst || i >= kEnd) {
+            V::store(sum + i * kOutputs * ld, s[i]);
+          } else if (i < slices && j < rows && z < columns) {
+            V::Reg value = V::fma(s[i], scale, bias);
+            const int64_t o = to + i * p.out_step + z * x.out_step;
+            if (args.conv.residual)
+              value = V::add(value, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
+            if (args.conv.activation == Activation::kRelu) value = V::relu(value);
+            store_lanes(static_cast<T*>(args.conv.y) + o, value, lanes);
           }
         }
       }
-      if (!finish || j >= rows) continue;
-      const int64_t to = at.out + (done == 1 ? p.out_step : 0) + j * y.out_step + k;
-#pragma GCC unroll 4
-      for (int z = 0; z < AX::m; ++z) {
-        if (z >= columns) break;
-        V::Reg v = V::fma(out[z], scale, bias);
-        const int64_t o = to + z * x.out_step;
-        if (args.conv.residual)
-          v = V::add(v, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
-        if (args.conv.activation == Activation::kRelu) v = V::relu(v);
-        store_lanes(static_cast<T*>(args.conv.y) + o, v, lanes);
-      }
     }
-  }
-
-  // ---- the products of one point
-
-  // m[MR][NV vectors] (+)= v[MR][steps] * u[steps][NV vectors]. kStream: the weights are fetched past L2,
-  // which they would flush; the rows that follow find them in L1.
-  template <int MR, int NV, bool kStream>
-  static void product(const float* v, int64_t ldv, const float* u, float* m, int steps, bool first) {
-    // steps: channels, a vector of them at a time
-    constexpr int kAhead = 2048 / 4;
-    V::Reg acc[MR][NV];
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
-    const float* rows[MR];
-    for (int i = 0; i < MR; ++i) rows[i] = v + i * ldv;
-    auto step = [&](int e) __attribute__((always_inline)) {
-      V::Reg w[NV];
-      for (int j = 0; j < NV; ++j) {
-        if (kStream && j * V::kLanes % 16 == 0) __builtin_prefetch(u + kAhead + j * V::kLanes, 0, 0);
-        w[j] = V::load(u + j * V::kLanes);
-      }
-      for (int i = 0; i < MR; ++i) {
-        const V::Reg a = V::broadcast(rows[i] + e);
-        for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(a, w[j], acc[i][j]);
-      }
-      u += NV * V::kLanes;
-    };
-    for (; steps >= V::kLanes; steps -= V::kLanes) {
-      for (int i = 0; i < MR; ++i)
-        __builtin_prefetch(rows[i] + V::kLanes, 0, kStream ? 3 : 2);  // the next point's
-#pragma GCC unroll 2
-      for (int e = 0; e < V::kLanes; ++e) step(e);
-      for (int i = 0; i < MR; ++i) rows[i] += kPoints * V::kLanes;
-    }
-    for (int e = 0; e < steps; ++e) step(e);
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NV; ++j) {
-        float* to = m + (i * NV + j) * V::kLanes;
-        V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
-      }
-  }
-  using Product = void (*)(const float*, int64_t, const float*, float*, int, bool);
-  template <int NV, bool kStream>
-  struct Products {  // for 1 .. max_rows
-    Product fn[V::max_rows(NV) + 1];
-    constexpr Products() : fn{} { fill<V::max_rows(NV)>(); }
-    template <int MR>
-    constexpr void fill() {
-      fn[MR] = &product<MR, NV, kStream>;
-      if constexpr (MR > 1) fill<MR - 1>();
-    }
-  };
-
-  // m[tile][k] (+)= v[tile][c] * u[c][k] over `steps` channels. Pieces of channels are summed one by one: as
-  // exact as a direct convolution, which sums in chunks too.
-  template <int NV>
-  static void multiply(const float* v, int64_t ldv, const float* u, float* m, int count, int steps,
-                       bool first, bool stream) {
-    constexpr int kMax = V::max_rows(NV);
-    static constexpr Products<NV, true> streaming{};
-    static constexpr Products<NV, false> cached{};
-    for (int i = 0; i < count;) {
-      const int left = count - i;
-      const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
-      (stream && i == 0 ? streaming.fn : cached.fn)[mr](v + i * ldv, ldv, u, m + i * NV * V::kLanes, steps,
-                                                        first);
-      i += mr;
-    }
-  }
-  static void multiply(int vectors, const float* v, int64_t ldv, const float* u, float* m, int count,
-                       int steps, bool first, bool stream) {
-    if (kMost == 4 && vectors == 4)
-      return multiply<kMost == 4 ? 4 : 1>(v, ldv, u, m, count, steps, first, stream);
-    if (kMost == 4 && vectors == 3)
-      return multiply<kMost == 4 ? 3 : 1>(v, ldv, u, m, count, steps, first, stream);
-    if (vectors == 2) return multiply<2>(v, ldv, u, m, count, steps, first, stream);
-    multiply<1>(v, ldv, u, m, count, steps, first, stream);
   }
 
   // ---- blocks
@@ -449,32 +526,40 @@ struct Winograd {
     return a;
   }
 
-  // One slice of a tile's outputs, `width` channels, is about to be written.
-  void fetch_outputs(int64_t from, int64_t width) const {
-    for (int j = 0; j < AY::m; ++j)
-      for (int z = 0; z < AX::m; ++z)
-        for (int64_t k = 0; k < width; k += 64 / static_cast<int64_t>(sizeof(T))) {
-          const int64_t at = from + j * y.out_step + z * x.out_step + k;
-          __builtin_prefetch(static_cast<T*>(args.conv.y) + at, 1, 3);
-          if (args.conv.residual) __builtin_prefetch(static_cast<const T*>(args.conv.residual) + at, 0, 3);
-        }
+  // The outputs that a group of planes completes, `width` channels of one tile, are about to be written.
+  void fetch_outputs(int group, int64_t from, int64_t width) const {
+    for (int i = first_done(group); i < end_done(group); ++i)
+      for (int j = 0; j < AY::m; ++j)
+        for (int z = 0; z < AX::m; ++z)
+          for (int64_t k = 0; k < width; k += 64 / static_cast<int64_t>(sizeof(T))) {
+            const int64_t at = from + i * p.out_step + j * y.out_step + z * x.out_step + k;
+            __builtin_prefetch(static_cast<T*>(args.conv.y) + at, 1, 3);
+            if (args.conv.residual) __builtin_prefetch(static_cast<const T*>(args.conv.residual) + at, 0, 3);
+          }
   }
 
-  // M of one plane and panel to the outputs of all tiles. sums: [tile][slice][output][k], k0 its first
-  // channel
-  void outputs(int t, const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
-               int vectors, float* sums, int64_t k0, int64_t ld) const {
-    const bool finishes = AP::m == 1 || t >= 2;
+  // M of one group of planes and one panel to the outputs of all tiles. sums: [tile][slice][output][k - k0]
+  template <int kGroup>
+  void group_outputs(const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
+                     int vectors, float* sums, int64_t k0, int64_t ld) const {
     for (int64_t i = 0; i < count; ++i) {
-      if (finishes && i + 1 < count)
-        fetch_outputs(places[i + 1].out + (t == 3 ? p.out_step : 0) + k, vectors * V::kLanes);
+      if (i + 1 < count) fetch_outputs(kGroup, places[i + 1].out + k, vectors * V::kLanes);
       for (int j = 0; j < vectors; ++j) {
         const int64_t at = k + j * V::kLanes;
-        output_vector(places[i], t, m + (i * vectors + j) * V::kLanes, stride_m, at,
-                      static_cast<int>(least(g.k - at, V::kLanes)),
-                      sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0), ld);
+        output_vector<kGroup>(places[i], m + (i * vectors + j) * V::kLanes, stride_m, at,
+                              static_cast<int>(least(g.k - at, V::kLanes)),
+                              sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0), ld);
       }
     }
+  }
+  void outputs(int group, const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
+               int vectors, float* sums, int64_t k0, int64_t ld) const {
+    if (group == 0) return group_outputs<0>(m, stride_m, places, count, k, vectors, sums, k0, ld);
+    if (kGroups > 1 && group == 1)
+      return group_outputs<kGroups - 1 < 1 ? 0 : 1>(m, stride_m, places, count, k, vectors, sums, k0, ld);
+    if (kGroups > 2 && group == 2)
+      return group_outputs<kGroups - 1 < 2 ? 0 : 2>(m, stride_m, places, count, k, vectors, sums, k0, ld);
+    group_outputs<kGroups - 1>(m, stride_m, places, count, k, vectors, sums, k0, ld);
   }
 
   // ---- many tiles
@@ -485,29 +570,29 @@ struct Winograd {
     const int64_t width = kMost * V::kLanes, ld = (end - begin) * width + 16;
     const int64_t stride_m = odd_lines(count * width), k0 = group_k + begin * width;
     float* v = static_cast<float*>(scratch(0, count * tile_floats() * 4));
-    float* m = static_cast<float*>(scratch(1, kPlane * stride_m * 4));
+    float* m = static_cast<float*>(scratch(1, (AP::m > 1 ? 2 : 1) * kPlane * stride_m * 4));
     const Around a = around(2, AP::m > 1 ? count * AP::m * kOutputs * ld * 4 : 0, first, count);
     inputs(v, a.places, 0, count, a.zeros);
-    for (int t = 0; t < AP::a; ++t)
+    for (int group = 0; group < kGroups; ++group)
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t k = group_k + panel * width;
-        const int vectors = panel_vectors(k, kMost);
-        for (int point = 0; point < kPlane; ++point) {
-          const float* up = u + panel * panel_step + (t * kPlane + point) * point_step;
+        const int vectors = panel_vectors(k, kMost), first_point = group_plane(group) * kPlane;
+        for (int point = 0; point < group_planes(group) * kPlane; ++point) {
+          const float* up = u + panel * panel_step + (first_point + point) * point_step;
           for (int64_t c = 0; c < pieces(); ++c)
-            multiply(vectors, v + piece_at(c, t * kPlane + point), tile_floats(),
+            multiply(vectors, v + piece_at(c, first_point + point), tile_floats(), kPoints * V::kLanes,
                      up + c * kPiece * vectors * V::kLanes, m + point * stride_m, static_cast<int>(count),
                      piece_channels(c), c == 0, true);
         }
-        outputs(t, m, stride_m, a.places, count, k, vectors, reinterpret_cast<float*>(a.data), k0, ld);
+        outputs(group, m, stride_m, a.places, count, k, vectors, reinterpret_cast<float*>(a.data), k0, ld);
       }
   }
 
   // Changes the speed only: every sum is the same in any blocking.
   int64_t block_tiles() const {
     const int64_t width = kMost * V::kLanes, threads = thread_pool().threads();
-    const int64_t sums = AP::m > 1 ? AP::m * kOutputs * least(g.k, width) : 0;
-    int64_t count = l2_bytes() * 6 / 10 / (4 * (kPoints * g.c + kPlane * width + sums));
+    const int64_t sums = AP::m > 1 ? (AP::m * kOutputs + kPlane) * least(g.k, width) : 0;
+    int64_t count = l2_bytes() * 7 / 10 / (4 * (kPoints * g.c + kPlane * width + sums));
     count = count < 6 ? 6 : count > 96 ? 96 : count / 6 * 6;
     const int64_t blocks = ceil_div(ceil_div(tiles(), count), threads) * threads;  // as many for every thread
     return ceil_div(tiles(), blocks);
@@ -553,12 +638,12 @@ struct Winograd {
         weights(k, vectors, c * kPiece + i, static_cast<int>(least(piece_channels(c) - i, V::kLanes)),
                 u + i * width, point_step);
       for (int point = 0; point < kPoints; ++point)
-        multiply(vectors, v + piece_at(c, point), tile_floats(), u + point * point_step, m + point * stride_m,
-                 static_cast<int>(tiles()), piece_channels(c), c == 0, false);
+        multiply(vectors, v + piece_at(c, point), tile_floats(), kPoints * V::kLanes, u + point * point_step,
+                 m + point * stride_m, static_cast<int>(tiles()), piece_channels(c), c == 0, false);
     }
-    for (int t = 0; t < AP::a; ++t)
-      outputs(t, m + t * kPlane * stride_m, stride_m, places, tiles(), k, vectors, m + kPoints * stride_m, k,
-              ld);
+    for (int group = 0; group < kGroups; ++group)
+      outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors,
+              m + kPoints * stride_m, k, ld);
   }
 
   void run_panels() const {
@@ -600,6 +685,8 @@ static void winograd_typed(const WinogradArgs& args) {
       return run_winograd<Axis2, Axis2, Axis2, T, false>(args);
     case 244:
       return run_winograd<Axis2, Axis4, Axis4, T, false>(args);
+    case 444:
+      return run_winograd<Axis4, Axis4, Axis4, T, false>(args);
     case 122:
       return run_winograd<Axis1, Axis2, Axis2, T, false>(args);
     case 144:

@@ -1,7 +1,15 @@
 """The fused operations in functional form."""
 
 from r3d_kernels.ops import conv3d_sm90  # noqa: F401 - registers its fake
-from r3d_kernels.ops.conv3d import conv3d_bn_act, conv3d_direct, conv3d_pack, conv3d_packed, conv3d_tiles
+from r3d_kernels.ops.conv3d import (
+    conv3d_bn_act,
+    conv3d_direct,
+    conv3d_pack,
+    conv3d_packed,
+    conv3d_stem,
+    conv3d_tiles,
+    conv3d_winograd,
+)
 from r3d_kernels.ops.conv3d_sm80 import clip_channels_last
 from r3d_kernels.ops.head import avg_pool_linear
 from r3d_kernels.ops.norm import bn_act
@@ -15,6 +23,8 @@ __all__ = [
     "conv3d_direct",
     "conv3d_pack",
     "conv3d_packed",
+    "conv3d_stem",
     "conv3d_tiles",
+    "conv3d_winograd",
     "max_pool3d",
 ]

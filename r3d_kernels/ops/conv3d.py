@@ -12,7 +12,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
 
-__all__ = ["conv3d_bn_act", "conv3d_direct", "conv3d_pack", "conv3d_packed", "conv3d_tiles"]
+__all__ = [
+    "conv3d_bn_act",
+    "conv3d_direct",
+    "conv3d_pack",
+    "conv3d_packed",
+    "conv3d_stem",
+    "conv3d_tiles",
+    "conv3d_winograd",
+]
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 
@@ -132,25 +140,21 @@ def conv3d_pack(
     weight: Tensor,
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    algorithm: str = "direct",
 ) -> Tensor:
-    """Weights laid out for one of this processor's kernels.
+    """Weights laid out for this processor's direct kernel.
 
     Args:
         weight: [K, C, T, R, S], any floating dtype, CPU.
         scale: float64 [K], multiplied into the weights in float64 (gamma / sqrt(running_var + eps)), or None.
         dtype: of the activations it will be used with: float32 or bfloat16; weight's own by default.
-        algorithm: "direct" for any convolution, or "winograd" and the outputs of a tile along depth, height and width:
-            "winograd222" and "winograd244" for 3x3x3, "winograd122" and "winograd144" for (1,3,3), "winograd211" and
-            "winograd411" for (3,1,1), all of stride and dilation 1 (Lavin & Gray, CVPR 2016).
 
     Returns:
         An opaque uint8 tensor for `conv3d_packed`; it names the instruction set it was made for.
 
     Raises:
-        RuntimeError: for wrong shapes or dtypes, or an algorithm that is unknown or for another kernel size.
+        RuntimeError: for wrong shapes or dtypes.
     """
-    return _extension.ops().conv3d_pack(weight, scale, dtype or weight.dtype, algorithm)
+    return _extension.ops().conv3d_pack(weight, scale, dtype or weight.dtype)
 
 
 def conv3d_packed(
@@ -292,6 +296,102 @@ def conv3d_direct(
     )
 
 
+def conv3d_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    activation: str | None = "relu",
+    tile: int = 4,
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` for stems: at most four input channels; nothing is packed.
+
+    `tile` output frames are computed together from fewer multiplications along depth: Toom-Cook / Winograd minimal
+    filtering (Winograd 1980; Lavin & Gray, CVPR 2016) in float32, of ``taps = ceil(T / stride)`` taps. Seven taps and
+    tiles of 4 take 10 products in place of 28. Height and width are direct. A NaN or infinity may spread over
+    the frames of its tile.
+
+    Args:
+        x: [N, C, D, H, W], C <= 4, float32 or bfloat16, CPU; contiguous and channels_last_3d are read as they are.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise). T is 3 to 7, or 5 to 7
+            with a stride of 2 along depth.
+        bias: float32 [K].
+        scale: float32 [K], applied to the float32 sums, or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        stride: an int or three (depth, height, width); 1 or 2 along depth.
+        padding: an int or three.
+        tile: output frames of a tile: 2 or 4, also 8 for 3 or 4 taps, and 6 for 5 or 7. The larger, the fewer
+            multiplications and the larger the error; csrc/cpu/stem.h has a table.
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_stem(
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.activation(activation),
+        tile,
+    )
+
+
+def conv3d_winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    padding: int | Sequence[int] = 0,
+    activation: str | None = "relu",
+    tile: Sequence[int] = (2, 2, 2),
+) -> Tensor:
+    """``act(conv3d(x, weight) * scale + bias + residual)`` for 3-tap kernels of stride 1, by fewer multiplications.
+
+    Winograd / Toom-Cook minimal filtering along every axis that has a kernel (Lavin & Gray, CVPR 2016; Jia et al.,
+    PPoPP 2018) in float32; the weights are transformed at every call, nothing is packed. A NaN or infinity may spread
+    over its tile.
+
+    Args:
+        x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise).
+        bias: float32 [K].
+        scale: float32 [K], applied to the float32 sums, or None.
+        residual: [N, K, D', H', W'], dtype of x, or None.
+        tile: outputs of a tile along depth, height and width: [2, 2, 2], [2, 4, 4] or [4, 4, 4] for 3x3x3,
+            [1, 2, 2] or [1, 4, 4]
+            for (1,3,3), [2, 1, 1] or [4, 1, 1] for (3,1,1). The larger, the fewer multiplications and the larger the
+            error (about 3e-7 with twos, 1.3e-6 with fours).
+
+    Returns:
+        [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_winograd(
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        _check.triple(padding, "padding"),
+        _check.activation(activation),
+        list(tile),
+    )
+
+
 def _empty_output(
     x: Tensor,
     out_channels: int,
@@ -346,8 +446,37 @@ if _extension.error is None:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
+    @torch.library.register_fake("r3d_kernels::conv3d_stem")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        activation: str,
+        tile: int,
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
+
+    @torch.library.register_fake("r3d_kernels::conv3d_winograd")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        padding: Sequence[int],
+        activation: str,
+        tile: Sequence[int],
+    ) -> Tensor:
+        torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+        return _empty_output(x, weight.shape[0], weight.shape[2:], (1, 1, 1), padding, (1, 1, 1))
+
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
-    def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, algorithm: str = "direct") -> Tensor:
+    def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.uint8)
@@ -370,7 +499,14 @@ if _extension.error is None:
 
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula([torch.ops.r3d_kernels.conv3d_tiles, torch.ops.r3d_kernels.conv3d_direct])
+    @register_flop_formula(
+        [
+            torch.ops.r3d_kernels.conv3d_direct,
+            torch.ops.r3d_kernels.conv3d_stem,
+            torch.ops.r3d_kernels.conv3d_tiles,
+            torch.ops.r3d_kernels.conv3d_winograd,
+        ]
+    )
     def _flops_of_parameter(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 

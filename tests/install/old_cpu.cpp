@@ -66,9 +66,11 @@ void compare(const char* what, const void* y, const std::vector<double>& want, D
   }
 }
 
-// `winograd`: a tile's code, or 0; on matrix tiles where `matrix` is set.
-void convolution(Dim3 in, Dim3 kernel, Dim3 stride, int64_t c, int64_t k, int winograd, DType dtype,
-                 bool matrix = false) {
+enum class Way { kPacked, kDirect, kWinograd, kStem, kTiles };
+
+// `tile`: a Winograd tile's code, the frames of a stem's tile, or 0
+void convolution(Dim3 in, Dim3 kernel, Dim3 stride, int64_t c, int64_t k, DType dtype, Way way,
+                 int tile = 0) {
   ConvArgs a{};
   ConvGeometry& g = a.g;
   g = {2, c, in, k, kernel, stride, {kernel.d / 2, kernel.h / 2, kernel.w / 2}, {1, 1, 1}, {}};
@@ -76,34 +78,53 @@ void convolution(Dim3 in, Dim3 kernel, Dim3 stride, int64_t c, int64_t k, int wi
            conv_out_size(in.h, kernel.h, stride.h, g.padding.h, 1),
            conv_out_size(in.w, kernel.w, stride.w, g.padding.w, 1)};
   const Data x = make(static_cast<size_t>(g.n * in.volume() * c), dtype);
-  const Data w = make(static_cast<size_t>(k * c * kernel.volume()), DType::kFloat32);  // [K, C, T, R, S]
+  const DType weight_dtype = way == Way::kPacked ? DType::kFloat32 : dtype;
+  const Data w = make(static_cast<size_t>(k * c * kernel.volume()), weight_dtype);  // [K, C, T, R, S]
   const Data residual = make(static_cast<size_t>(g.pixels() * k), dtype);
   const Data bias = make(static_cast<size_t>(k), DType::kFloat32);
   const std::vector<double> scale(static_cast<size_t>(k), 1 / std::sqrt(double(c * kernel.volume())));
 
   const cpu::KernelTraits traits = cpu::kernel_traits(cpu::active_isa(), dtype);
-  const int packing = matrix ? 0 : winograd;
-  void* packed = std::aligned_alloc(
-      64, static_cast<size_t>((cpu::packed_bytes(k, c, kernel, traits, packing) + 63) / 64 * 64));
+  void* packed =
+      std::aligned_alloc(64, static_cast<size_t>((cpu::packed_bytes(k, c, kernel, traits) + 63) / 64 * 64));
   cpu::pack_weights(reinterpret_cast<const float*>(w.stored.data()), scale.data(), k, c, kernel, traits,
-                    packing, packed);
+                    packed);
   std::vector<char> y(residual.stored.size());
   a.dtype = dtype;
   a.x = x.stored.data();
-  a.weight = matrix ? w.stored.data() : packed;
+  a.weight = way == Way::kPacked ? packed : w.stored.data();
   a.bias = reinterpret_cast<const float*>(bias.stored.data());
   a.residual = residual.stored.data();
   a.y = y.data();
   a.activation = Activation::kRelu;
-  if (matrix) {
-    const std::vector<float> factors(scale.begin(), scale.end());
-    const cpu::WinogradTile tile =
-        winograd ? cpu::WinogradTile{winograd / 100, winograd / 10 % 10, 1} : cpu::WinogradTile{1, 1, 1};
-    const int slices = dtype == DType::kFloat32 ? 3 : 1;
-    cpu::conv3d_tiles({a, DType::kFloat32, false, factors.data(), slices, tile},
-                      cpu::active_isa() == cpu::Isa::kAmx);
-  } else {
-    cpu::conv3d(a);
+  const std::vector<float> factors(scale.begin(), scale.end());
+  const cpu::WinogradTile outputs{tile / 100, tile / 10 % 10, tile % 10};
+  switch (way) {
+    case Way::kPacked:
+      cpu::conv3d(a);
+      break;
+    case Way::kDirect:
+      cpu::conv3d_direct({a, false, factors.data()});
+      break;
+    case Way::kWinograd:
+      cpu::conv3d_winograd({a, factors.data(), false, outputs});
+      break;
+    case Way::kStem: {
+      cpu::StemArgs stem{};
+      stem.conv = a;
+      stem.scale = factors.data();
+      stem.tile = tile;
+      stem.x_n = in.volume() * c;
+      stem.x_c = 1;
+      stem.x_d = in.h * in.w * c;
+      stem.x_h = in.w * c;
+      cpu::conv3d_stem(stem);
+      break;
+    }
+    case Way::kTiles:
+      cpu::conv3d_tiles({a, dtype, false, factors.data(), dtype == DType::kFloat32 ? 3 : 1,
+                         tile ? outputs : cpu::WinogradTile{1, 1, 1}},
+                        cpu::active_isa() == cpu::Isa::kAmx);
   }
   std::free(packed);
 
@@ -128,11 +149,9 @@ void convolution(Dim3 in, Dim3 kernel, Dim3 stride, int64_t c, int64_t k, int wi
             want.push_back(out > 0 ? out : 0);
           }
   char what[80];
+  const char* names[] = {"packed", "direct", "Winograd", "stem", "tiles"};
   std::snprintf(what, sizeof what, "%ldx%ldx%ld %s %d", long(kernel.d), long(kernel.h), long(kernel.w),
-                matrix     ? "tiles"
-                : winograd ? "Winograd"
-                           : "direct",
-                winograd);
+                names[static_cast<int>(way)], tile);
   compare(what, y.data(), want, dtype);
 }
 
@@ -202,21 +221,25 @@ int main() {
   for (int isa = 0; isa <= static_cast<int>(best); ++isa) {
     setenv("R3D_KERNELS_ISA", cpu::isa_name(static_cast<cpu::Isa>(isa)), 1);
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      convolution({3, 6, 7}, {3, 3, 3}, {1, 1, 1}, 19, 37, 0, dtype);
-      convolution({3, 7, 6}, {3, 3, 3}, {2, 2, 2}, 16, 32, 0, dtype);
-      convolution({4, 9, 11}, {7, 7, 7}, {1, 2, 2}, 3, 40, 0, dtype);
-      convolution({3, 9, 11}, {3, 7, 7}, {1, 2, 2}, 1, 40, 0, dtype);
-      convolution({2, 5, 5}, {1, 1, 1}, {2, 2, 2}, 24, 50, 0, dtype);
+      for (Way way : {Way::kPacked, Way::kDirect, Way::kTiles}) {
+        convolution({3, 6, 7}, {3, 3, 3}, {1, 1, 1}, 19, 37, dtype, way);
+        convolution({3, 7, 6}, {3, 3, 3}, {2, 2, 2}, 16, 32, dtype, way);
+        convolution({4, 9, 11}, {7, 7, 7}, {1, 2, 2}, 3, 40, dtype, way);
+        convolution({3, 9, 11}, {3, 7, 7}, {1, 2, 2}, 1, 40, dtype, way);
+        convolution({2, 5, 5}, {1, 1, 1}, {2, 2, 2}, 40, 50, dtype, way);
+      }
       for (const cpu::WinogradTile& tile : cpu::kWinogradTiles) {
         auto taps = [](int m) { return int64_t{m == 1 ? 1 : 3}; };
-        convolution({3, 6, 7}, {taps(tile.d), taps(tile.h), taps(tile.w)}, {1, 1, 1}, 19, 37, tile.code(),
-                    dtype);
+        convolution({3, 6, 7}, {taps(tile.d), taps(tile.h), taps(tile.w)}, {1, 1, 1}, 19, 37, dtype,
+                    Way::kWinograd, tile.code());
       }
-      convolution({3, 7, 6}, {3, 3, 3}, {2, 2, 2}, 16, 32, 0, dtype, true);
-      convolution({4, 9, 11}, {7, 7, 7}, {1, 2, 2}, 3, 40, 0, dtype, true);
-      convolution({2, 5, 5}, {1, 1, 1}, {2, 2, 2}, 40, 50, 0, dtype, true);
+      for (int tile : {2, 4}) {
+        convolution({5, 9, 11}, {7, 7, 7}, {1, 2, 2}, 3, 40, dtype, Way::kStem, tile);
+        convolution({5, 9, 11}, {3, 7, 7}, {1, 2, 2}, 1, 40, dtype, Way::kStem, tile);
+      }
       for (int tile : {211, 411, 121, 141, 221, 421})
-        if (dtype == DType::kFloat32) convolution({3, 6, 7}, {3, 3, 3}, {1, 1, 1}, 19, 37, tile, dtype, true);
+        if (dtype == DType::kFloat32)
+          convolution({3, 6, 7}, {3, 3, 3}, {1, 1, 1}, 19, 37, dtype, Way::kTiles, tile);
       pooling(dtype);
       head(dtype);
       norm(dtype);

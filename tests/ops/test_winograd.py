@@ -15,33 +15,56 @@ from r3d_kernels.problems import ConvProblem
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 USABLE = ISAS[: ISAS.index(backends.describe()["best_isa"]) + 1]
-TILES = {222: (3, 3, 3), 244: (3, 3, 3), 122: (1, 3, 3), 144: (1, 3, 3), 211: (3, 1, 1), 411: (3, 1, 1)}
+TILES = {
+    222: (3, 3, 3),
+    244: (3, 3, 3),
+    444: (3, 3, 3),
+    122: (1, 3, 3),
+    144: (1, 3, 3),
+    211: (3, 1, 1),
+    411: (3, 1, 1),
+}
+
+
+def digits(tile: int) -> list[int]:
+    return [int(d) for d in str(tile)]
 
 
 def check(
-    tile: int, n: int, c: int, size: tuple, k: int, padding: tuple, residual: bool, dtype: torch.dtype
+    tile: int,
+    n: int,
+    c: int,
+    size: tuple,
+    k: int,
+    padding: tuple,
+    residual: bool,
+    dtype: torch.dtype,
+    layout: str = "contiguous",
 ) -> float:
     kernel = TILES[tile]
     x = torch.randn(n, c, *size).relu().to(dtype)
     weight = (torch.randn(k, c, *kernel) / (c * 4) ** 0.5).to(dtype)
     bias = torch.randn(k)
-    want = F.conv3d(x.double(), weight.double(), bias.double(), padding=padding)
-    stock = F.conv3d(x, weight, bias.to(dtype), padding=padding)
+    scale = torch.rand(k) + 0.5
+    per_channel = scale.view(-1, 1, 1, 1)
+    want = F.conv3d(x.double(), weight.double(), padding=padding) * per_channel + bias.view(-1, 1, 1, 1)
+    stock = F.conv3d(x, weight, padding=padding) * per_channel.to(dtype) + bias.view(-1, 1, 1, 1).to(dtype)
     r = None
     if residual:
         r = torch.randn(want.shape).to(dtype)
         want, stock = want + r.double(), stock + r
-    y = ops.conv3d_packed(
+    y = ops.conv3d_winograd(
         x,
-        ops.conv3d_pack(weight, algorithm=f"winograd{tile}"),
+        weight if layout == "contiguous" else weight.to(memory_format=torch.channels_last_3d),
         bias,
+        scale,
         r,
-        out_channels=k,
-        kernel_size=kernel,
         padding=padding,
+        tile=digits(tile),
     )
     assert y.is_contiguous(memory_format=torch.channels_last_3d) or not y.numel()
-    terms = F.conv3d(x.double().abs(), weight.double().abs(), bias.double().abs(), padding=padding)
+    terms = F.conv3d(x.double().abs(), weight.double().abs(), padding=padding) * per_channel
+    terms += bias.abs().view(-1, 1, 1, 1)
     assert_keeps_promise(y, want.relu(), stock.relu(), magnitude=terms.norm().item())
     return relative_error(y, want.relu())
 
@@ -55,7 +78,16 @@ def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypa
     check(tile, 1, 64, (4, 8, 8), 64, same, True, dtype)  # whole tiles, whole panels
     check(tile, 2, 7, (5, 9, 11), 45, same, True, dtype)  # tails everywhere
     check(tile, 1, 33, (3, 5, 3), 130, (0, 0, 0), False, dtype)
+    check(tile, 1, 40, (3, 5, 3), 36, same, False, dtype, "channels_last")
     check(tile, 0, 8, (3, 5, 3), 8, same, False, dtype)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_many_channels_in_groups(tile: int) -> None:
+    """More transformed weights than are kept at a time, many tiles and few."""
+    same = tuple(k // 2 for k in TILES[tile])
+    check(tile, 1, 256, (8, 16, 16), 320, same, True, torch.float32)
+    check(tile, 1, 512, (2, 7, 7), 200, same, True, torch.float32)
 
 
 @given(
@@ -66,12 +98,15 @@ def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypa
     st.tuples(*[st.integers(1, 10)] * 3),
     st.tuples(*[st.integers(0, 4)] * 3),
     st.booleans(),
+    st.sampled_from(["contiguous", "channels_last"]),
 )
-def test_any_geometry(tile: int, n: int, c: int, k: int, size: tuple, padding: tuple, residual: bool) -> None:
+def test_any_geometry(
+    tile: int, n: int, c: int, k: int, size: tuple, padding: tuple, residual: bool, layout: str
+) -> None:
     kernel = TILES[tile]
     padding = tuple(p if f > 1 else p % 2 for p, f in zip(padding, kernel, strict=True))
     size = tuple(max(s, f - 2 * p) for s, p, f in zip(size, padding, kernel, strict=True))
-    check(tile, n, c, size, k, padding, residual, torch.float32)
+    check(tile, n, c, size, k, padding, residual, torch.float32, layout)
 
 
 def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
@@ -81,9 +116,9 @@ def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
             x, weight = torch.randn(1, c, 4, 14, 14).relu(), torch.randn(c, c, *TILES[tile]) / (4 * c) ** 0.5
             padding = tuple(k // 2 for k in TILES[tile])
             want = F.conv3d(x.double(), weight.double(), padding=padding)
-            packed = ops.conv3d_pack(weight, algorithm=f"winograd{tile}")
-            geometry = {"out_channels": c, "kernel_size": TILES[tile], "padding": padding, "activation": None}
-            y = ops.conv3d_packed(x, packed, torch.zeros(c), **geometry)
+            y = ops.conv3d_winograd(
+                x, weight, torch.zeros(c), padding=padding, activation=None, tile=digits(tile)
+            )
             stock = F.conv3d(x, weight, padding=padding)
             assert relative_error(y, want) <= 2 * relative_error(stock, want)
 
@@ -94,27 +129,66 @@ def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
 def test_same_bits_with_any_number_of_threads(text: str) -> None:
     p = ConvProblem.parse(text)
     t = p.tensors()
-    for tile in (222, 244):
-        packed, results = ops.conv3d_pack(t.weight, algorithm=f"winograd{tile}"), []
+    for tile in (222, 244, 444):
+        results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             results.append(
-                ops.conv3d_packed(t.x, packed, t.beta, t.residual, out_channels=p.k, kernel_size=3, padding=1)
+                ops.conv3d_winograd(t.x, t.weight, t.beta, None, t.residual, padding=1, tile=digits(tile))
             )
         assert all(torch.equal(results[0], r) for r in results)
 
 
 def test_wrong_use() -> None:
-    weight = torch.randn(8, 4, 3, 3, 3)
-    with pytest.raises(RuntimeError, match=r"algorithm: expected one of 'direct', 'winograd222'.*got 'fft'"):
-        ops.conv3d_pack(weight, algorithm="fft")
-    with pytest.raises(RuntimeError, match=r"algorithm: winograd122 cannot pack kernel \[3, 3, 3\]"):
-        ops.conv3d_pack(weight, algorithm="winograd122")
-    packed = ops.conv3d_pack(weight, algorithm="winograd222")
-    x = torch.randn(1, 4, 6, 6, 6)
-    for message, extra in (("stride 1", {"stride": 2}), ("dilation 1", {"dilation": 2})):
-        with pytest.raises(RuntimeError, match=f"packed: Winograd needs {message}"):
-            ops.conv3d_packed(x, packed, torch.zeros(8), out_channels=8, kernel_size=3, **extra)
+    x, weight, bias = torch.randn(1, 4, 6, 6, 6), torch.randn(8, 4, 3, 3, 3), torch.zeros(8)
+    with pytest.raises(
+        RuntimeError, match=r"tile: expected one of \[2, 2, 2\], \[2, 4, 4\], .*got \[3, 3, 3\]"
+    ):
+        ops.conv3d_winograd(x, weight, bias, tile=(3, 3, 3))
+    with pytest.raises(
+        RuntimeError, match=r"tile: \[1, 2, 2\], kernel \[3, 3, 3\]: .*for another kernel size"
+    ):
+        ops.conv3d_winograd(x, weight, bias, tile=(1, 2, 2))
+    with pytest.raises(RuntimeError, match=r"tile: expected 3 integers \(depth, height, width\), got 2"):
+        ops.conv3d_winograd(x, weight, bias, tile=(2, 2))
+    with pytest.raises(RuntimeError, match=r"weight: expected"):
+        ops.conv3d_winograd(x, weight.bfloat16(), bias)
+    with pytest.raises(RuntimeError, match=r"bias: expected a float32 CPU tensor of shape \[8\]"):
+        ops.conv3d_winograd(x, weight, torch.zeros(7))
+    with pytest.raises(RuntimeError, match=r"scale: expected a float32 CPU tensor of shape \[8\]"):
+        ops.conv3d_winograd(x, weight, bias, torch.ones(8, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"residual: expected"):
+        ops.conv3d_winograd(x, weight, bias, None, torch.zeros(1, 8, 4, 4, 5))
+
+
+@pytest.mark.parametrize("tile", [222, 444, 411])
+def test_operator(tile: int) -> None:
+    x = torch.randn(1, 5, 4, 6, 6)
+    weight, scale, bias = torch.randn(9, 5, *TILES[tile]), torch.rand(9), torch.randn(9)
+    padding = [k // 2 for k in TILES[tile]]
+    for r in (None, torch.randn(1, 9, 4, 6, 6)):
+        torch.library.opcheck(
+            torch.ops.r3d_kernels.conv3d_winograd.default,
+            (x, weight, scale, bias, r, padding, "relu", digits(tile)),
+        )
+
+
+def test_nan_reaches_the_output() -> None:
+    x, weight = torch.zeros(1, 16, 4, 8, 8), torch.ones(16, 16, 3, 3, 3)
+    x[0, 3, 1, 4, 4] = float("nan")
+    want = F.conv3d(x, weight, padding=1).relu()
+    for tile in (222, 244, 444):
+        y = ops.conv3d_winograd(x, weight, torch.zeros(16), padding=1, tile=digits(tile))
+        assert y.isnan()[want.isnan()].all()
+
+
+def test_reads_what_is_not_contiguous() -> None:
+    x, weight, bias = torch.randn(1, 6, 7, 9, 5), torch.randn(8, 6, 3, 3, 3), torch.randn(8)
+    want = ops.conv3d_winograd(x, weight, bias, padding=1)
+    strange = torch.empty(5, 9, 7, 6, 1).copy_(x.permute(4, 3, 2, 1, 0)).permute(4, 3, 2, 1, 0)
+    flipped = torch.empty(3, 3, 3, 6, 8).copy_(weight.permute(4, 3, 2, 1, 0)).permute(4, 3, 2, 1, 0)
+    assert not strange.is_contiguous()
+    assert torch.equal(ops.conv3d_winograd(strange, flipped, bias, padding=1), want)
 
 
 def test_predicates_and_strict_mode(monkeypatch) -> None:
@@ -124,7 +198,12 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
         request = backends.Request(ConvProblem.parse(text), dtype, torch.device("cpu"), 2)
         return {k.name for k in backends.KERNELS if k.can_run(request) is None and k.backend == "cpu"}
 
-    assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)", "winograd F(2,4,4)"}
+    assert able("n1c64d8h28w28k64f3p1") == {
+        "direct",
+        "winograd F(2,2,2)",
+        "winograd F(2,4,4)",
+        "winograd F(4,4,4)",
+    }
     assert able("n1c64d8h28w28k64f1x3x3p0x1x1") == {"direct", "winograd F(1,2,2)", "winograd F(1,4,4)"}
     assert able("n1c64d8h28w28k64f3x1x1p1x0x0") == {"direct", "winograd F(2,1,1)", "winograd F(4,1,1)"}
     for other in ("n1c64d8h28w28k64f3s2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):

@@ -18,7 +18,9 @@ import pytest
 _CHILD = "R3D_TRITON_TEST_REPORTS"  # the file that the child writes its reports to
 _TIMEOUT = 1800
 # `-m pytest` would put the current folder first on the path, and with it a checkout in place of the package under test.
-_PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+_PYTEST = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+)
 
 
 def have_triton() -> bool:
