@@ -614,6 +614,7 @@ class Choice:
     kernel: Kernel
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)
+    measured_now: bool = False
 
 
 # How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
@@ -822,7 +823,7 @@ def choose(
         seconds = _measure(able, {k.name: packed(k) for k in able}, x, residual, request)
         winner = _winner(able, seconds, request)
         tuning.shared.put(machine, key, winner.name, seconds)
-    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds)
+    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds, measured_now=True)
 
 
 def _why(name: str, seconds: dict[str, float]) -> str:
