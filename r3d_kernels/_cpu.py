@@ -1,12 +1,14 @@
-"""What Linux says of the processor."""
+"""What Linux says of the processor, and what it takes back of memory."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_flags", "cpu_model"]
+__all__ = ["cpu_flags", "cpu_model", "release_free_memory"]
 
 
 @cache
@@ -31,3 +33,20 @@ def cpu_model() -> str:
 def cpu_flags() -> frozenset[str]:
     """Its instruction sets, as Linux names them."""
     return frozenset(_info().get("flags", "").split())
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim  # glibc only
+    except (AttributeError, OSError, TypeError):
+        return None
+    trim.argtypes = [ctypes.c_size_t]
+    return trim
+
+
+def release_free_memory() -> None:
+    """Gives memory that nobody uses back to the system, where the allocator can."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r3d_kernels import _check, _extension, _fork, backends
+from r3d_kernels import _check, _cpu, _extension, _fork, backends
 from r3d_kernels.problems import ConvProblem
 
 __all__ = ["LayerState", "layer_packs", "layer_plans", "state_of"]
@@ -184,6 +184,8 @@ class LayerState:
             # Only what a plan uses stays in memory.
             used = {(k.name, k.pack_key(r)) for k, _, r, _ in snapshot.plans.values()}
             snapshot.packs = {place: pack for place, pack in snapshot.packs.items() if place in used}
+        if choice.measured_now and x.is_cpu:
+            _cpu.release_free_memory()  # what the losers used would add to the peak of the next layer
         logger.debug("%s -> %s (%s)", request, choice.kernel.name, choice.reason)
         return plan
 

@@ -678,13 +678,14 @@ class Choice:
     kernel: Kernel
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)
+    measured_now: bool = False
 
 
 # How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
 _WORTH_A_COPY = 3.0
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
-_MOST_UNFOLDED = 32 << 20  # bytes that the stock layers may unfold an input to only to be measured
+_MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
 _SURELY_SLOWER = 1.3  # stock layers measured on a piece and this far behind are out
 _SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 1 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
@@ -696,6 +697,18 @@ _measuring = _fork.Lock()  # two layers measured at once would measure each othe
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class _Packs(dict[str, Any]):
+    """Packed weights by the kernel's name, each made when it is asked for."""
+
+    def __init__(self, kernels: list[Kernel], packed: Any) -> None:
+        super().__init__()
+        self._make = {k.name: (packed, k) for k in kernels}
+
+    def __missing__(self, name: str) -> Any:
+        packed, kernel = self._make[name]
+        return self.setdefault(name, packed(kernel))
 
 
 def _piece(
@@ -730,8 +743,9 @@ def _measure(
 
     stock = next((k for k in kernels if k.name == "stock"), None)
     others = [k for k in kernels if k is not stock]
-    if stock and others and (piece := _piece(x, residual, request)):
-        part, *data = piece
+    if stock and others and request.device.type == "cpu":
+        # Alone, before the others have packed anything, and on as little as tells enough.
+        part, *data = _piece(x, residual, request) or (request, x, residual)
         guess = _measure([stock], packs, *data, part)["stock"] * request.problem.macs / part.problem.macs
         best = _measure(others, packs, x, residual, request)
         if guess > _SURELY_SLOWER * min(best.values()):
@@ -883,10 +897,10 @@ def choose(
         if known is not None and known["kernel"] in by_name and set(known["seconds"]) == set(by_name):
             why = _why(known["kernel"], known["seconds"])
             return Choice(by_name[known["kernel"]], f"measured earlier: {why}{note}", dict(known["seconds"]))
-        seconds = _measure(able, {k.name: packed(k) for k in able}, x, residual, request)
+        seconds = _measure(able, _Packs(able, packed), x, residual, request)
         winner = _winner(able, seconds, request)
         tuning.shared.put(machine, key, winner.name, seconds)
-    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds)
+    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds, measured_now=True)
 
 
 def _why(name: str, seconds: dict[str, float]) -> str:

@@ -253,6 +253,31 @@ def test_measuring_is_bounded(seconds: tuple, least: tuple, most: tuple) -> None
         assert best[kernel.name] >= kernel.seconds
 
 
+def test_stock_layers_are_measured_on_a_piece() -> None:
+    """Where their unfolded input would be the peak of memory; in full where the piece says that they might win."""
+    request = request_for("n1c64d8h28w28k64f3s1p1+res+relu")
+    t = request.problem.tensors()
+    for seconds, whole in ((0.004, 0), (0.0001, 2)):  # of ours: 0.003
+        seen: list[int] = []
+
+        class Stock(Sleeper):
+            name = "stock"
+
+            def run(self, pack, x, residual, request, seen=seen) -> None:
+                assert residual.shape[2] == x.shape[2] == request.problem.d
+                seen.append(request.problem.d)
+                super().run()
+
+        kernels = [Sleeper("ours", 0.003), Stock("stock", seconds)]
+        best = backends._measure(kernels, {"ours": None, "stock": None}, t.x, t.residual, request)
+        assert set(best) == {"ours", "stock"}
+        assert seen[:2] == [2, 2]
+        assert seen[2:].count(8) >= whole
+        assert whole or len(seen) == 2
+    assert backends._piece(t.x, t.residual, request_for()) is None  # small
+    assert backends._piece(t.x, None, request_for("n1c64d1h90w90k8f3p1")) is None  # one plane
+
+
 def test_losing_packs_are_freed(measured) -> None:
     module = layer()
     run(module)

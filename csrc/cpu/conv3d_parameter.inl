@@ -45,7 +45,6 @@ struct Parameter {
   // Column e of `rows` rows goes to to[e]; load(row, e, lanes) reads a row's piece.
   template <class Load>
   static inline __attribute__((always_inline)) void columns(int rows, int64_t n, Place to, const Load& load) {
-    alignas(64) float unused[kLanes];
     float* next = to.at;
     int64_t left = to.wrap;
     for (int64_t e = 0; e < n; e += kLanes) {
@@ -59,16 +58,16 @@ struct Parameter {
         for (int i = 0; i < kLanes; ++i) r[i] = i < rows ? load(i, e, lanes) : V::zero();
       }
       V::transpose(r);
-      float* out[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        out[i] = i < lanes ? next : unused;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {  // unrolled: r[i] must be a register
+        if (i >= lanes) break;
+        V::store(next, r[i]);
         next += to.step;
         if (--left == 0) {
           next += to.jump - to.wrap * to.step;
           left = to.wrap;
         }
       }
-      for (int i = 0; i < kLanes; ++i) V::store(out[i], r[i]);
     }
   }
 
