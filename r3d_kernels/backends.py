@@ -380,12 +380,8 @@ class AmxCpu(DirectCpu):
 
 
 _STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
-_STRICT_STEMS = {
-    3: (2, 4),
-    4: (2, 4),
-    5: (2,),
-    6: (2,),
-}  # kernels of 7x7 and more, whose stock error is larger
+_COARSE_STEMS = {7: (6,)}  # 3e-6: a third of what the logits of a whole network may have
+_STRICT_STEMS = {3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}  # 7x7 and larger, whose stock error is larger too
 
 
 class StemCpu(DirectCpu):
@@ -416,6 +412,9 @@ class StemCpu(DirectCpu):
             return f"the tile is not for {self._taps(p)} taps along depth"
         if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
             return "the tile is outside R3D_KERNELS_FP32=strict"
+        coarse = self.tile in _COARSE_STEMS.get(self._taps(p), ())
+        if request.dtype == torch.float32 and coarse and torch.get_float32_matmul_precision() == "highest":
+            return "the tile is for float32_matmul_precision 'high' or 'medium'"
         return None
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:

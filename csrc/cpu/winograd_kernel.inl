@@ -3,17 +3,22 @@
 //
 // Three axes: `y` and `x`, and `p` (depth, unless only depth has a kernel), whose points are planes of y and
 // x.
-//   U[point][c][k]    = weights, transformed at every call: little work next to the products that they take
-//   part in V[tile][c / lanes][point][c % lanes] = input transform: what the transform of a vector makes lies
-//   together,
-//                       because scattered stores wait for one cache line each
-//   M[point][tile][k] = V[point] * U[point], a small matrix product for each point
-//   y                 = output transform of M, added up over the planes of `p`, with scale, bias, residual,
-//   activation
+//
+// U[point][c][k]: the weights, transformed at every call: little work next to the products that they take
+// part in.
+//
+// V[tile][c / lanes][point][c % lanes]: the input transform. What one transform makes lies together, because
+// stores that are scattered wait for one cache line each.
+//
+// M[point][tile][k] = V[point] * U[point]: a small matrix product for each point.
+//
+// The output transform of M is added up over the planes, with scale, bias, residual and activation at the
+// end.
+//
 // Many tiles: all weights (or as many output channels as fit a bounded buffer) are transformed first; tasks
-// take blocks of tiles whose V, and whose M for one plane, stay in L2. Few tiles: all inputs are transformed
-// first; tasks take panels of output channels and transform their weights piece by piece, so that those never
-// leave L2.
+// take blocks of tiles whose V, and whose M for a pair of planes, stay in L2. Few tiles: all inputs are
+// transformed first; tasks take panels of output channels and transform their weights piece by piece, so that
+// those never leave L2.
 
 // ---- the transforms of one axis, with as few operations as we could find
 
@@ -627,6 +632,22 @@ struct Winograd {
 
   bool few() const { return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostWeights; }
 
+  // Part `part` of kPoints of the parameter's channels c .. c + kPiece for `width` output channels from k.
+  void fetch_weights(int64_t k, int width, int64_t c, int part) const {
+    if (k >= g.k) return;
+    const T* w = static_cast<const T*>(args.conv.weight);
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    const int64_t channels = least(g.c - c, kPiece), rows = least(g.k - k, width);
+    const bool last = args.weight_channels_last;
+    const int64_t lines = ceil_div(last ? channels : channels * kTaps, kLine),
+                  runs = last ? rows * kTaps : rows;
+    const int64_t begin = runs * lines * part / kPoints, end = runs * lines * (part + 1) / kPoints;
+    const int64_t run_step = last ? g.c : g.c * kTaps;
+    const T* from = w + k * g.c * kTaps + (last ? c : c * kTaps);
+    for (int64_t i = begin; i < end; ++i)
+      __builtin_prefetch(from + i / lines * run_step + i % lines * kLine, 0, 2);
+  }
+
   void panel(const float* v, const Place* places, int64_t k, int vectors) const {
     const int64_t width = vectors * V::kLanes, point_step = odd_lines(piece() * width);
     const int64_t stride_m = odd_lines(tiles() * width), ld = width + 16;
@@ -637,9 +658,14 @@ struct Winograd {
       for (int64_t i = 0; i < piece_channels(c); i += V::kLanes)
         weights(k, vectors, c * kPiece + i, static_cast<int>(least(piece_channels(c) - i, V::kLanes)),
                 u + i * width, point_step);
-      for (int point = 0; point < kPoints; ++point)
+      // Meanwhile the weights of the next piece come from memory.
+      const bool last = c + 1 == pieces();
+      const int64_t next_k = last ? k + width : k, next_c = last ? 0 : (c + 1) * kPiece;
+      for (int point = 0; point < kPoints; ++point) {
+        fetch_weights(next_k, static_cast<int>(width), next_c, point);
         multiply(vectors, v + piece_at(c, point), tile_floats(), kPoints * V::kLanes, u + point * point_step,
                  m + point * stride_m, static_cast<int>(tiles()), piece_channels(c), c == 0, false);
+      }
     }
     for (int group = 0; group < kGroups; ++group)
       outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors,
