@@ -570,9 +570,9 @@ struct Winograd {
   // ---- many tiles
 
   // Tiles [first, first + count), panels [begin, end) of the group whose weights are u
-  void block(const float* u, int64_t panel_step, int64_t point_step, int64_t first, int64_t count,
+  void block(int most, const float* u, int64_t panel_step, int64_t point_step, int64_t first, int64_t count,
              int64_t group_k, int64_t begin, int64_t end) const {
-    const int64_t width = kMost * V::kLanes, ld = (end - begin) * width + 16;
+    const int64_t width = most * V::kLanes, ld = (end - begin) * width + 16;
     const int64_t stride_m = odd_lines(count * width), k0 = group_k + begin * width;
     float* v = static_cast<float*>(scratch(0, count * tile_floats() * 4));
     float* m = static_cast<float*>(scratch(1, (AP::m > 1 ? 2 : 1) * kPlane * stride_m * 4));
@@ -581,7 +581,7 @@ struct Winograd {
     for (int group = 0; group < kGroups; ++group)
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t k = group_k + panel * width;
-        const int vectors = panel_vectors(k, kMost), first_point = group_plane(group) * kPlane;
+        const int vectors = panel_vectors(k, most), first_point = group_plane(group) * kPlane;
         for (int point = 0; point < group_planes(group) * kPlane; ++point) {
           const float* up = u + panel * panel_step + (first_point + point) * point_step;
           for (int64_t c = 0; c < pieces(); ++c)
@@ -604,7 +604,10 @@ struct Winograd {
   }
 
   void run_blocks() const {
-    const int64_t width = kMost * V::kLanes, panels = ceil_div(g.k, width);
+    // Narrow panels where the weights of a wide one would take too much memory.
+    int most = kMost;
+    while (most > 1 && kPoints * odd_lines(g.c * most * V::kLanes) * 4 > 2 * kMostWeights) most /= 2;
+    const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
     const int64_t point_step = odd_lines(g.c * width), panel_step = kPoints * point_step;
     int64_t group = kMostWeights / (panel_step * 4);
     group = group < 1 ? 1 : least(group, panels);
@@ -616,14 +619,15 @@ struct Winograd {
       parallel_for(here * chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t panel = task / chunks, c0 = task % chunks * V::kLanes, k = group_k + panel * width;
-          const int vectors = panel_vectors(k, kMost);
+          const int vectors = panel_vectors(k, most);
           weights(k, vectors, c0, static_cast<int>(least(g.c - c0, V::kLanes)),
                   u + panel * panel_step + c0 * vectors * V::kLanes, point_step);
         }
       });
       parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          block(u, panel_step, point_step, i * count, least(tiles() - i * count, count), group_k, 0, here);
+          block(most, u, panel_step, point_step, i * count, least(tiles() - i * count, count), group_k, 0,
+                here);
       });
     }
   }

@@ -88,6 +88,7 @@ def test_many_channels_in_groups(tile: int) -> None:
     same = tuple(k // 2 for k in TILES[tile])
     check(tile, 1, 256, (8, 16, 16), 320, same, True, torch.float32)
     check(tile, 1, 512, (2, 7, 7), 200, same, True, torch.float32)
+    check(tile, 1, 512, (8, 16, 16), 72, same, False, torch.float32)
 
 
 @given(
