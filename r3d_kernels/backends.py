@@ -734,21 +734,28 @@ def _piece(
 def _measure(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
+    """Best seconds of each kernel; the stock layers may be timed on a part and scaled."""
+    stock = next((k for k in kernels if k.name == "stock"), None)
+    others = [k for k in kernels if k is not stock]
+    if stock is None or not others or request.device.type != "cpu":
+        return _race(kernels, packs, x, residual, request)
+    # Alone, before the others have packed anything, and on as little as tells enough.
+    part, *data = _piece(x, residual, request) or (request, x, residual)
+    guess = _race([stock], packs, *data, part)["stock"] * request.problem.macs / part.problem.macs
+    best = _race(others, packs, x, residual, request)
+    if guess > _SURELY_SLOWER * min(best.values()):
+        return best | {"stock": guess}
+    return _race(kernels, packs, x, residual, request)
+
+
+def _race(
+    kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
+) -> dict[str, float]:
     """Best seconds of each kernel, interleaved; a kernel that is far behind is not repeated.
 
     Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
     they take less than _THREE_ROUNDS.
     """
-
-    stock = next((k for k in kernels if k.name == "stock"), None)
-    others = [k for k in kernels if k is not stock]
-    if stock and others and request.device.type == "cpu":
-        # Alone, before the others have packed anything, and on as little as tells enough.
-        part, *data = _piece(x, residual, request) or (request, x, residual)
-        guess = _measure([stock], packs, *data, part)["stock"] * request.problem.macs / part.problem.macs
-        best = _measure(others, packs, x, residual, request)
-        if guess > _SURELY_SLOWER * min(best.values()):
-            return best | {"stock": guess}
 
     def once(kernel: Kernel) -> float:
         _synchronize(request.device)

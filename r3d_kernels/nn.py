@@ -20,7 +20,7 @@ __all__ = ["ConvBNAct3d", "avg_pool_linear", "conv_bn_act", "max_pool3d"]
 _NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -36,7 +36,7 @@ def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tenso
         return "the convolution is a subclass or parametrized"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
-    if _has_hooks(conv) or (bn is not None and _has_hooks(bn)):
+    if has_hooks(conv) or (bn is not None and has_hooks(bn)):
         return "a forward hook wants to see the intermediate result"
     parameters = list(conv._parameters.values())
     if bn is not None:
@@ -161,7 +161,7 @@ def conv_bn_act(
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:
     """``pool(x)``, by our channels-last kernel where it can. x: [N, C, D, H, W]."""
-    plain = not (pool.return_indices or pool.ceil_mode or _has_hooks(pool)) and pool.dilation in (
+    plain = not (pool.return_indices or pool.ceil_mode or has_hooks(pool)) and pool.dilation in (
         1,
         (1, 1, 1),
     )
@@ -175,7 +175,7 @@ def avg_pool_linear(x: Tensor, fc: nn.Linear, *, fused: bool = True) -> Tensor:
     stock = (
         not fused
         or type(fc) is not nn.Linear
-        or _has_hooks(fc)
+        or has_hooks(fc)
         or hasattr(fc, "parametrizations")
         or x.dtype != fc.weight.dtype  # autocast, or an error that torch words best
         or torch.is_autocast_enabled(x.device.type)

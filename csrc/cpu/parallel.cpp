@@ -41,7 +41,7 @@ void* scratch(int slot, int64_t bytes) {
   if (arena.bytes[slot] < bytes) {
     // Transforms touch a page for each few cache lines: large pages keep them within reach of the first TLB.
     constexpr int64_t kHuge = int64_t{2} << 20;
-    const int64_t page = bytes >= kHuge / 8 ? kHuge : 4096, want = (bytes + page - 1) / page * page;
+    const int64_t page = bytes >= kHuge / 4 ? kHuge : 4096, want = (bytes + page - 1) / page * page;
     std::free(arena.data[slot]);
     arena.bytes[slot] = 0;
     arena.data[slot] = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(want));

@@ -173,7 +173,8 @@ struct Winograd {
   static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
   static constexpr int kMost = V::kPanelVectors;
   static constexpr int64_t kPiece = 64;             // channels summed at a time
-  static constexpr int64_t kMostWeights = 8 << 20;  // bytes of transformed weights at a time
+  static constexpr int64_t kMostWeights = 4 << 20;  // bytes of transformed weights at a time, twice in panels
+  static constexpr int64_t kMostInputs = 7 << 20;   // bytes of all inputs, where they are transformed at once
 
   const WinogradArgs& args;
   const ConvGeometry& g;
@@ -574,9 +575,11 @@ struct Winograd {
              int64_t group_k, int64_t begin, int64_t end) const {
     const int64_t width = most * V::kLanes, ld = (end - begin) * width + 16;
     const int64_t stride_m = odd_lines(count * width), k0 = group_k + begin * width;
-    float* v = static_cast<float*>(scratch(0, count * tile_floats() * 4));
-    float* m = static_cast<float*>(scratch(1, (AP::m > 1 ? 2 : 1) * kPlane * stride_m * 4));
-    const Around a = around(2, AP::m > 1 ? count * AP::m * kOutputs * ld * 4 : 0, first, count);
+    // V, M and the sums share a large page.
+    const int64_t v_floats = count * tile_floats(), m_floats = (AP::m > 1 ? 2 : 1) * kPlane * stride_m;
+    const int64_t sum_floats = AP::m > 1 ? count * AP::m * kOutputs * ld : 0;
+    const Around a = around(0, 4 * (v_floats + m_floats + sum_floats), first, count);
+    float *v = reinterpret_cast<float*>(a.data), *m = v + v_floats, *sums = m + m_floats;
     inputs(v, a.places, 0, count, a.zeros);
     for (int group = 0; group < kGroups; ++group)
       for (int64_t panel = begin; panel < end; ++panel) {
@@ -589,7 +592,7 @@ struct Winograd {
                      up + c * kPiece * vectors * V::kLanes, m + point * stride_m, static_cast<int>(count),
                      piece_channels(c), c == 0, true);
         }
-        outputs(group, m, stride_m, a.places, count, k, vectors, reinterpret_cast<float*>(a.data), k0, ld);
+        outputs(group, m, stride_m, a.places, count, k, vectors, sums, k0, ld);
       }
   }
 
@@ -634,7 +637,7 @@ struct Winograd {
 
   // ---- few tiles
 
-  bool few() const { return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostWeights; }
+  bool few() const { return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostInputs; }
 
   // Part `part` of kPoints of the parameter's channels c .. c + kPiece for `width` output channels from k.
   void fetch_weights(int64_t k, int width, int64_t c, int part) const {
@@ -655,9 +658,10 @@ struct Winograd {
   void panel(const float* v, const Place* places, int64_t k, int vectors) const {
     const int64_t width = vectors * V::kLanes, point_step = odd_lines(piece() * width);
     const int64_t stride_m = odd_lines(tiles() * width), ld = width + 16;
-    float* u = static_cast<float*>(scratch(1, kPoints * point_step * 4));
-    float* m = static_cast<float*>(
-        scratch(2, 4 * (kPoints * stride_m + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
+    const int64_t u_floats = kPoints * point_step, m_floats = kPoints * stride_m;
+    float* u = static_cast<float*>(
+        scratch(1, 4 * (u_floats + m_floats + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
+    float *m = u + u_floats, *sums = m + m_floats;
     for (int64_t c = 0; c < pieces(); ++c) {
       for (int64_t i = 0; i < piece_channels(c); i += V::kLanes)
         weights(k, vectors, c * kPiece + i, static_cast<int>(least(piece_channels(c) - i, V::kLanes)),
@@ -672,8 +676,8 @@ struct Winograd {
       }
     }
     for (int group = 0; group < kGroups; ++group)
-      outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors,
-              m + kPoints * stride_m, k, ld);
+      outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors, sums,
+              k, ld);
   }
 
   void run_panels() const {

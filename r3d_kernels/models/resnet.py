@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r3d_kernels.graphs import GraphedModel
-from r3d_kernels.nn import avg_pool_linear, conv_bn_act, max_pool3d
+from r3d_kernels.nn import avg_pool_linear, conv_bn_act, has_hooks, max_pool3d
 
 __all__ = [
     "DEPTHS",
@@ -330,6 +330,16 @@ def _halves(conv: nn.Conv3d | Conv2Plus1D, bn: nn.BatchNorm3d) -> list[tuple[nn.
     if isinstance(conv, Conv2Plus1D):
         return [(conv[0], conv[1]), (conv[3], bn)]
     return [(conv, bn)]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a sequence of modules does no more than calling each of them."""
+    return (
+        type(module) is nn.Sequential
+        and not has_hooks(module)
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+    )
 
 
 class _Block(nn.Module):
@@ -711,8 +721,8 @@ class _ResNet(nn.Module):
 
     def _run_stem(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if self.fused and not self.training:
-            # Once, here: every layer behind keeps the format.
+        if self.fused and not self.training and not (x.device.type == "cpu" and x.is_contiguous()):
+            # Once, here: every layer behind keeps the format. The stems of the CPU read clips as they are.
             x = x.contiguous(memory_format=torch.channels_last_3d)
         for pair in self._stem_pairs():
             x = conv_bn_act(x, *pair, fused=self.fused)
@@ -740,10 +750,11 @@ class _ResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The map behind layer4, ``[N, num_features, D', H', W']``; arguments, errors as :meth:`forward`."""
         x = self._run_stem(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        return self.layer4(x)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            # Block by block, where nobody can tell: a call of the layer keeps its input alive to the end.
+            for step in layer if _is_bare(layer) else (layer,):
+                x = step(x)
+        return x
 
     def _pools_all(self, x: Tensor) -> bool:
         """Whether the pool leaves one voxel, and so is the global average."""

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import LayerState
+from r3d_kernels.ops._flops import flop_formula
 
 __all__ = [
     "conv3d_bn_act",
@@ -497,9 +498,7 @@ if _extension.error is None:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         return _empty_output(x, out_channels, kernel_size, stride, padding, dilation)
 
-    from torch.utils.flop_counter import register_flop_formula
-
-    @register_flop_formula(
+    @flop_formula(
         [
             torch.ops.r3d_kernels.conv3d_direct,
             torch.ops.r3d_kernels.conv3d_stem,
@@ -510,7 +509,7 @@ if _extension.error is None:
     def _flops_of_parameter(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
-    @register_flop_formula(torch.ops.r3d_kernels.conv3d_bias_act)
+    @flop_formula(torch.ops.r3d_kernels.conv3d_bias_act)
     def _flops(x, packed, bias, residual, k, kernel, *args, out_shape=None, **kwargs) -> int:
         macs = x[1] * kernel[0] * kernel[1] * kernel[2]
         for size in out_shape:

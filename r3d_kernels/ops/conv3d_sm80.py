@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from r3d_kernels import _check, _extension
+from r3d_kernels.ops._flops import flop_formula
 
 __all__ = ["clip_channels_last"]
 
@@ -89,8 +90,6 @@ if _extension.has_cuda:
     def _(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
 
-    from torch.utils.flop_counter import register_flop_formula
-
-    @register_flop_formula(torch.ops.r3d_kernels.conv3d_sm80)
+    @flop_formula(torch.ops.r3d_kernels.conv3d_sm80)
     def _flops(x, packed, scale, bias, residual, k, kernel, *args, out_shape=None, **kwargs) -> int:
         return 2 * x[1] * math.prod(kernel) * math.prod(out_shape)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r3d_kernels import _extension
+from r3d_kernels.ops._flops import flop_formula
 
 __all__ = ["TILES", "proven", "proven_tiles", "trial_error"]
 
@@ -135,9 +136,7 @@ if _extension.error is None:
             memory_format=torch.channels_last_3d,
         )
 
-    from torch.utils.flop_counter import register_flop_formula
-
-    @register_flop_formula(torch.ops.r3d_kernels.conv3d_sm90)
+    @flop_formula(torch.ops.r3d_kernels.conv3d_sm90)
     def _flops(x, weight, *args, out_shape=None, **kwargs) -> int:
         macs = weight[1] * weight[2] * weight[3] * weight[4]
         for size in out_shape:

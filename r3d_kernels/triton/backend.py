@@ -58,6 +58,9 @@ class TritonConv3d:
     )
 
     def can_run(self, request: Request) -> str | None:
+        # Asked first: the import of Triton takes 70 MiB.
+        if request.device.type not in (("cuda", "cpu") if interpreted() else ("cuda",)):
+            return f"needs a CUDA tensor, got {request.device.type}"
         if (why_not := why_no_triton()) is not None:
             return why_not
         p = request.problem
@@ -69,13 +72,11 @@ class TritonConv3d:
                 return f"needs compute capability 8.0 or later, got {arch // 10}.{arch % 10}"
             if torch.cuda.is_current_stream_capturing():
                 return "cannot be compiled while a CUDA graph is captured"
-        elif request.device.type == "cpu" and interpreted():
+        else:
             from r3d_kernels.backends import current_backend
 
             if current_backend() != "triton":
                 return "Triton's interpreter is used only where backend 'triton' is asked for"
-        else:
-            return f"needs a CUDA tensor, got {request.device.type}"
         if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"has float32, bfloat16 and float16 only, got {request.dtype}"
         if p.groups > 65535:
