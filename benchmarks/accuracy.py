@@ -83,6 +83,9 @@ def measure_stem(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
     for tile in STEMS[kernel]:
         y = ops.conv3d_stem(x, weight, zeros, activation=None, tile=tile, **geometry)
         errors[f"stem{tile}"] = relative_error(y, want)
+        if tile > 2:
+            y = ops.conv3d_stem(x, weight, zeros, activation=None, tile=tile, row_tile=4, **geometry)
+            errors[f"stem{tile},4"] = relative_error(y, want)
     return errors
 
 

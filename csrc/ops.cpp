@@ -382,17 +382,20 @@ Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale,
 
 Tensor conv3d_stem_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
                        std::optional<Tensor> residual, Ints stride, Ints padding, std::string activation,
-                       int64_t tile) {
+                       int64_t tile, int64_t row_tile) {
   R3D_CHECK(tile >= 1 && tile <= 8, "tile: expected 2, 4, 6 or 8, got ", tile);
+  R3D_CHECK(row_tile >= 1 && row_tile <= 4, "row_tile: expected 1, 2 or 4, got ", row_tile);
   cpu::StemArgs args{};
   args.tile = static_cast<int>(tile);
+  args.row_tile = static_cast<int>(row_tile);
   return on_parameter(
       args, x, weight, scale, bias, residual, stride, padding, {1, 1, 1}, activation,
       [&](const cpu::StemArgs& a) {
-        const char* why_not = cpu::stem_refuses(a.conv.g, a.tile);
-        return why_not ? why_not + (": got weight " + text(sizes(weight)) + ", stride " + text(stride) +
-                                    ", tile " + std::to_string(tile))
-                       : std::string();
+        const char* why_not = cpu::stem_refuses(a.conv.g, a.tile, a.row_tile);
+        return why_not
+                   ? why_not + (": got weight " + text(sizes(weight)) + ", stride " + text(stride) +
+                                ", tile " + std::to_string(tile) + ", row_tile " + std::to_string(row_tile))
+                   : std::string();
       },
       // A clip is read where it lies: planes of one channel each, or pixels with their channels side by side.
       [](cpu::StemArgs& a, const Tensor& clip) {
@@ -851,7 +854,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "int[] padding, int[] dilation, str activation) -> Tensor");
   m.def(
       "conv3d_stem(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
-      "int[] padding, str activation, int tile) -> Tensor");
+      "int[] padding, str activation, int tile, int row_tile=1) -> Tensor");
   m.def("max_pool3d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
   m.def("avg_pool_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str activation) -> Tensor");

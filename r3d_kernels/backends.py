@@ -380,20 +380,22 @@ class AmxCpu(DirectCpu):
 
 
 _STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
-_COARSE_STEMS = {7: (6,)}  # 3e-6: a third of what the logits of a whole network may have
+# More than 3.3e-6, a third of what the logits of a whole network may have, or no faster than a finer one.
+_COARSE_STEMS = {(3, 4): (8,), (4, 4): (8,), (7, 4): (6,)}  # by taps and rows
 _STRICT_STEMS = {3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}  # 7x7 and larger, whose stock error is larger too
 
 
 class StemCpu(DirectCpu):
-    """Our C++ convolution for stems (csrc/cpu/stem*): Toom-Cook along depth; reads the parameter itself.
+    """Our C++ convolution for stems (csrc/cpu/stem*): Toom-Cook along depth and height; reads the parameter.
 
     Args:
         tile: output frames that share their multiplications.
+        rows: output rows that do: 1, or 4 for kernels of 7 with a stride of 2 along height.
     """
 
-    def __init__(self, tile: int) -> None:
-        self.tile = tile
-        self.name = f"stem F({tile})"
+    def __init__(self, tile: int, rows: int = 1) -> None:
+        self.tile, self.rows = tile, rows
+        self.name = f"stem F({tile})" if rows == 1 else f"stem F({tile},{rows})"
 
     def can_run(self, request: Request) -> str | None:
         why_not = super().can_run(request)
@@ -410,9 +412,11 @@ class StemCpu(DirectCpu):
             return f"is not for kernel {p.kernel} with stride {p.stride}"
         if self.tile not in _STEM_TILES[self._taps(p)]:
             return f"the tile is not for {self._taps(p)} taps along depth"
+        if self.rows > 1 and (p.kernel[1], p.stride[1]) != (7, 2):
+            return "needs a kernel of 7 with a stride of 2 along height"
         if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
             return "the tile is outside R3D_KERNELS_FP32=strict"
-        coarse = self.tile in _COARSE_STEMS.get(self._taps(p), ())
+        coarse = self.tile in _COARSE_STEMS.get((self._taps(p), self.rows), ())
         if request.dtype == torch.float32 and coarse and torch.get_float32_matmul_precision() == "highest":
             return "the tile is for float32_matmul_precision 'high' or 'medium'"
         return None
@@ -420,7 +424,7 @@ class StemCpu(DirectCpu):
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         return torch.ops.r3d_kernels.conv3d_stem(
-            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile
+            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile, self.rows
         )
 
     @staticmethod
@@ -429,28 +433,38 @@ class StemCpu(DirectCpu):
 
     def _exact(self, p: ConvProblem) -> bool:
         """Within twice the error of the stock layer."""
+        if self.rows > 1:
+            return False
         if p.kernel[1] * p.kernel[2] < 49:
             return (self.tile, self._taps(p)) == (2, 3)
         return self.tile in _STRICT_STEMS.get(self._taps(p), ())
 
     def _products(self, p: ConvProblem) -> int:
         """Pairs of an input and a filter point for all pixels of one channel."""
-        tiles = p.n * -(-p.out_size[0] // self.tile)
-        return tiles * (self.tile + self._taps(p) - 1) * p.out_size[1] * p.out_size[2]
+        frames = -(-p.out_size[0] // self.tile) * (self.tile + self._taps(p) - 1)
+        # Seven rows of stride 2 are 4 taps and 3.
+        rows = p.out_size[1] if self.rows == 1 else -(-p.out_size[1] // self.rows) * (2 * self.rows + 5)
+        return p.n * frames * rows * p.out_size[2]
+
+    def _steps(self, p: ConvProblem) -> int:
+        """Multiplications of a product."""
+        return p.c * p.stride[0] * p.kernel[2] * (p.kernel[1] if self.rows == 1 else 1)
 
     def work(self, request: Request) -> Work:
         p = request.problem
-        macs = self._products(p) * p.k * p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
+        macs = self._products(p) * p.k * self._steps(p)
         return Work(macs, p.bytes(request.dtype), torch.float32)
 
     def cycles(self, request: Request) -> float:
         p, lanes = request.problem, _vector_lanes()
         columns = -(-p.k // lanes) * lanes
-        steps = p.c * p.stride[0] * p.kernel[1] * p.kernel[2]
-        products = self._products(p) * columns * steps / (2 * lanes * 0.9)
+        products = self._products(p) * columns * self._steps(p) / (2 * lanes * 0.9)
         points = self.tile + self._taps(p) - 1
-        weights = points * self._taps(p) * steps * columns  # transformed in float64
-        return products + self._products(p) * (4 * columns + 8 * p.c) / lanes + weights
+        weights = (
+            points * self._taps(p) * p.c * p.stride[0] * p.kernel[1] * p.kernel[2] * columns
+        )  # in float64
+        transformed = self._products(p) * ((4 if self.rows == 1 else 8) * columns + 8 * p.c) / lanes
+        return products + transformed + weights
 
 
 class OneDnn:
@@ -591,6 +605,7 @@ KERNELS: list[Kernel] = [
     *map(WinogradCpu, _TILES),
     *map(AmxCpu, _AMX_TILES),
     *map(StemCpu, (2, 4, 6, 8)),
+    *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),
     OneDnn(),
     Sm90Cuda(),
     CudnnBnAct(),

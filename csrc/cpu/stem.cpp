@@ -28,6 +28,15 @@ FilterRows filter_rows(int m, int64_t taps) {
   return {0, nullptr};
 }
 
+struct Height {
+  int points;  // products along height
+  FilterRows even, odd;
+};
+
+Height height_of(int m) {
+  return {m == 4 ? StemRowTile<4>::points : StemRowTile<2>::points, filter_rows(m, 4), filter_rows(m, 3)};
+}
+
 template <class W>
 void transform(const StemArgs& args, const StemPlan& plan, int lanes, int panel, float* out) {
   const ConvGeometry& g = args.conv.g;
@@ -42,14 +51,27 @@ void transform(const StemArgs& args, const StemPlan& plan, int lanes, int panel,
     for (int64_t e = begin; e < end; ++e) {
       const int64_t run = e / plan.steps, step = e % plan.steps, line = run % plan.lines;
       const int64_t phase = args.planes ? line / g.c : line, c = args.planes ? line % g.c : step % plan.inner;
-      const W* from = weight + c * c_stride + run / plan.lines * r_stride + step / plan.inner * s_stride;
+      // The kernel's rows and their factors in this run.
+      int64_t first = run / plan.lines, row_step = 1, rows = 1;
+      const double one = 1, *factors = &one;
+      if (args.row_tile > 1) {
+        const Height h = height_of(args.row_tile);
+        const bool odd = first >= h.even.a;
+        factors = odd ? h.odd.g + (first - h.even.a) * 3 : h.even.g + first * 4;
+        rows = odd ? 3 : 4;
+        first = odd;
+        row_step = 2;
+      }
+      const W* from = weight + c * c_stride + first * r_stride + step / plan.inner * s_stride;
       for (int64_t k0 = 0; k0 < padded; k0 += panel) {
         const int width = static_cast<int>(std::min<int64_t>(panel, padded - k0));
         double w[kMostTaps][kMostPanel] = {};
         const int64_t exist = std::min<int64_t>(width, g.k - k0);
         for (int64_t i = 0; i < exist; ++i)
-          for (int64_t t = 0; t < taps && t * g.stride.d + phase < g.kernel.d; ++t)
-            w[t][i] = widen(from[(k0 + i) * g.c * g.kernel.volume() + (t * g.stride.d + phase) * t_stride]);
+          for (int64_t t = 0; t < taps && t * g.stride.d + phase < g.kernel.d; ++t) {
+            const W* column = from + (k0 + i) * g.c * g.kernel.volume() + (t * g.stride.d + phase) * t_stride;
+            for (int64_t r = 0; r < rows; ++r) w[t][i] += factors[r] * widen(column[r * row_step * r_stride]);
+          }
         for (int p = 0; p < f.a; ++p) {
           double sum[kMostPanel] = {};
           for (int t = 0; t < taps; ++t) {
@@ -66,7 +88,7 @@ void transform(const StemArgs& args, const StemPlan& plan, int lanes, int panel,
 
 }  // namespace
 
-const char* stem_refuses(const ConvGeometry& g, int tile) {
+const char* stem_refuses(const ConvGeometry& g, int tile, int row_tile) {
   if (g.c > 4) return "x: stems have at most 4 channels";
   if (g.stride.d > 2) return "stride: stems have a stride of 1 or 2 along depth";
   if (g.kernel.d > kMostTaps) return "weight: stems have a kernel of at most 7 along depth";
@@ -75,6 +97,9 @@ const char* stem_refuses(const ConvGeometry& g, int tile) {
   if (!filter_rows(tile, taps).a)
     return "tile: expected 2, 4, 6 (for 5 or 7 taps along depth) or 8 (for 3 or 4; a stride of 2 halves "
            "them)";
+  if (row_tile != 1 && row_tile != 2 && row_tile != 4) return "row_tile: expected 1, 2 or 4";
+  if (row_tile > 1 && (g.kernel.h != 7 || g.stride.h != 2))
+    return "row_tile: more than 1 is for kernels of 7 with a stride of 2 along height";
   return nullptr;
 }
 
@@ -83,7 +108,8 @@ StemPlan plan_stem(const StemArgs& args, int threads) {
   StemPlan p{};
   p.inner = args.planes ? 1 : g.c;
   p.lines = args.planes ? g.stride.d * g.c : g.stride.d;
-  p.runs = g.kernel.h * p.lines;
+  const int row_tile = args.row_tile, products = row_tile > 1 ? height_of(row_tile).points : 0;
+  p.runs = (row_tile > 1 ? products : g.kernel.h) * p.lines;
   p.steps = g.kernel.w * p.inner;
   p.pitch = ceil_div(((g.out.w - 1) * g.stride.w + g.kernel.w) * p.inner, 16) * 16;
   // as many runs in every chunk as can be
@@ -93,15 +119,16 @@ StemPlan plan_stem(const StemArgs& args, int threads) {
   const double line = static_cast<double>(p.lines * p.pitch), room = static_cast<double>(l2_bytes()) / 4;
   double least = HUGE_VAL;
   for (int64_t tasks = 1; tasks <= g.out.h; ++tasks) {  // of one tile of frames
-    const int64_t rows = ceil_div(g.out.h, tasks);
+    const int64_t tiles = ceil_div(ceil_div(g.out.h, tasks), row_tile), rows = tiles * row_tile;
     if (p.rows == rows) continue;
     const double in_rows = static_cast<double>((rows - 1) * g.stride.h + g.kernel.h);
     const double bytes = 4 * points * in_rows * line;
-    if (bytes > room && rows > 1) continue;
+    if (bytes > room && tiles > 1) continue;
     // cycles, as if of sixteen lanes
-    const double work = points * static_cast<double>(rows * g.out.w * g.k) *
-                            (static_cast<double>(p.runs * p.steps) / 30 + 0.3) +
-                        points * in_rows * line * 0.4;
+    const double pixels = points * static_cast<double>(tiles * g.out.w * g.k);
+    const double work =
+        pixels * (static_cast<double>(p.runs * p.steps) / 30 + (row_tile > 1 ? 0.1 * products : 0.3)) +
+        points * in_rows * line * 0.4;
     const int64_t all = g.n * ceil_div(g.out.d, args.tile) * ceil_div(g.out.h, rows);
     const double cycles = work * static_cast<double>(ceil_div(all, threads));
     if (cycles < least) {

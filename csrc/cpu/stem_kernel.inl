@@ -65,10 +65,97 @@ struct StemTiles {
   }
 };
 
+// The transforms of tile F for a vector of pixels or channels.
+template <class F>
+static inline __attribute__((always_inline)) void stem_input(const V::Reg* d, V::Reg* out) {
+  constexpr int a = F::a, pairs = F::mats.pairs;
+  V::Reg zero = V::mul(V::set(float(F::mats.all[0])), d[0]), last = V::zero();
+  if constexpr (a % 2 == 0) last = V::mul(V::set(float(F::mats.all[0])), d[1]);
+#pragma GCC unroll 6
+  for (int i = 1; i <= pairs; ++i) {
+    const V::Reg c = V::set(float(F::mats.all[i]));
+    zero = V::fma(c, d[2 * i], zero);
+    if constexpr (a % 2 == 0) last = V::fma(c, d[2 * i + 1], last);
+  }
+  out[0] = zero;
+  if constexpr (a % 2 == 0) out[a - 1] = last;
+#pragma GCC unroll 6
+  for (int q = 0; q < pairs; ++q) {
+    V::Reg even = V::mul(V::set(float(F::mats.but[q][0])), d[2]),
+           odd = V::mul(V::set(float(F::mats.but[q][0])), d[1]);
+#pragma GCC unroll 6
+    for (int i = 1; i < pairs; ++i) {
+      const V::Reg c = V::set(float(F::mats.but[q][i]));
+      even = V::fma(c, d[2 * i + 2], even);
+      odd = V::fma(c, d[2 * i + 1], odd);
+    }
+    out[1 + 2 * q] = V::fma(V::set(float(F::mats.p[q])), odd, even);
+    out[2 + 2 * q] = V::fma(V::set(float(-F::mats.p[q])), odd, even);
+  }
+}
+
+template <class F>
+static inline __attribute__((always_inline)) void stem_output(const V::Reg* in, V::Reg* out) {
+  constexpr int a = F::a, m = F::m, pairs = F::mats.pairs;
+  V::Reg sum[pairs], difference[pairs];
+#pragma GCC unroll 6
+  for (int q = 0; q < pairs; ++q) {
+    sum[q] = V::add(in[1 + 2 * q], in[2 + 2 * q]);
+    difference[q] = V::sub(in[1 + 2 * q], in[2 + 2 * q]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < m; ++i) {
+    V::Reg v = i == 0 ? in[0] : i == m - 1 && a % 2 == 0 ? in[a - 1] : V::zero();
+#pragma GCC unroll 6
+    for (int q = 0; q < pairs; ++q) {
+      const V::Reg& t = i % 2 ? difference[q] : sum[q];
+      v = i == 0 ? V::add(v, t) : V::fma(V::set(float(F::mats.power[i][q])), t, v);
+    }
+    out[i] = v;
+  }
+}
+
+// Height in tiles of M output rows: with a stride of 2, seven rows are four taps on the even input rows and
+// three on the odd ones. Products are in the order of the even tile, then of the odd one.
+template <int M>
+struct StemRows {
+  using Even = StemTile<M, 4>;
+  using Odd = StemTile<M, 3>;
+  static constexpr int points = StemRowTile<M>::points;
+  static_assert(points == Even::a + Odd::a);
+
+  // `floats` of each product to `to`, `step` apart, from input rows `row` apart.
+  static void input(const float* x, int64_t row, float* to, int64_t step, int64_t floats) {
+    for_vectors(floats, [&](int64_t i, int lanes) {
+      V::Reg d[Even::a], out[Even::a];
+      for (int j = 0; j < Even::a; ++j) d[j] = load_lanes(x + 2 * j * row + i, lanes);
+      stem_input<Even>(d, out);
+      for (int p = 0; p < Even::a; ++p) store_lanes(to + p * step + i, out[p], lanes);
+      for (int j = 0; j < Odd::a; ++j) d[j] = load_lanes(x + (2 * j + 1) * row + i, lanes);
+      stem_input<Odd>(d, out);
+      for (int p = 0; p < Odd::a; ++p) store_lanes(to + (Even::a + p) * step + i, out[p], lanes);
+    });
+  }
+
+  // `floats` (whole vectors) of M rows, `next_row` apart, from sums of products `next` apart.
+  static void output(const float* sums, int64_t next, int64_t floats, float* rows, int64_t next_row) {
+    for (int64_t i = 0; i < floats; i += V::kLanes) {
+      V::Reg in[Even::a], even[M], odd[M];
+      for (int p = 0; p < Even::a; ++p) in[p] = V::load(sums + p * next + i);
+      stem_output<Even>(in, even);
+      for (int p = 0; p < Odd::a; ++p) in[p] = V::load(sums + (Even::a + p) * next + i);
+      stem_output<Odd>(in, odd);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) V::store(rows + r * next_row + i, V::add(even[r], odd[r]));
+    }
+  }
+};
+
 template <class F, class T>
 struct Stem {
-  static constexpr int a = F::a, m = F::m, pairs = F::mats.pairs;
-  static constexpr int64_t kGroup = 48;  // pixels whose sums wait for the output transform
+  static constexpr int a = F::a, m = F::m;
+  static constexpr int64_t kGroup = 48;     // pixels whose sums wait for the output transform
+  static constexpr int64_t kRowGroup = 28;  // those of a row of tiles
   static constexpr int64_t kPanel = V::kPanelVectors * V::kLanes;
   const StemArgs& args;
   const ConvGeometry& g;
@@ -77,51 +164,6 @@ struct Stem {
 
   static int64_t odd_lines(int64_t floats) {
     return (floats + 15) / 16 % 2 ? (floats + 15) / 16 * 16 : (floats + 31) / 16 * 16;
-  }
-
-  static inline __attribute__((always_inline)) void input_vector(const V::Reg* d, V::Reg* out) {
-    V::Reg zero = V::mul(V::set(float(F::mats.all[0])), d[0]), last = V::zero();
-    if constexpr (a % 2 == 0) last = V::mul(V::set(float(F::mats.all[0])), d[1]);
-#pragma GCC unroll 6
-    for (int i = 1; i <= pairs; ++i) {
-      const V::Reg c = V::set(float(F::mats.all[i]));
-      zero = V::fma(c, d[2 * i], zero);
-      if constexpr (a % 2 == 0) last = V::fma(c, d[2 * i + 1], last);
-    }
-    out[0] = zero;
-    if constexpr (a % 2 == 0) out[a - 1] = last;
-#pragma GCC unroll 6
-    for (int q = 0; q < pairs; ++q) {
-      V::Reg even = V::mul(V::set(float(F::mats.but[q][0])), d[2]),
-             odd = V::mul(V::set(float(F::mats.but[q][0])), d[1]);
-#pragma GCC unroll 6
-      for (int i = 1; i < pairs; ++i) {
-        const V::Reg c = V::set(float(F::mats.but[q][i]));
-        even = V::fma(c, d[2 * i + 2], even);
-        odd = V::fma(c, d[2 * i + 1], odd);
-      }
-      out[1 + 2 * q] = V::fma(V::set(float(F::mats.p[q])), odd, even);
-      out[2 + 2 * q] = V::fma(V::set(float(-F::mats.p[q])), odd, even);
-    }
-  }
-
-  static inline __attribute__((always_inline)) void output_vector(const V::Reg* in, V::Reg* out) {
-    V::Reg sum[pairs], difference[pairs];
-#pragma GCC unroll 6
-    for (int q = 0; q < pairs; ++q) {
-      sum[q] = V::add(in[1 + 2 * q], in[2 + 2 * q]);
-      difference[q] = V::sub(in[1 + 2 * q], in[2 + 2 * q]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) {
-      V::Reg v = i == 0 ? in[0] : i == m - 1 && a % 2 == 0 ? in[a - 1] : V::zero();
-#pragma GCC unroll 6
-      for (int q = 0; q < pairs; ++q) {
-        const V::Reg& t = i % 2 ? difference[q] : sum[q];
-        v = i == 0 ? V::add(v, t) : V::fma(V::set(float(F::mats.power[i][q])), t, v);
-      }
-      out[i] = v;
-    }
   }
 
   // xt of input rows [row0, row0 + rows) for the outputs from frame d0.
@@ -153,20 +195,19 @@ struct Stem {
         for_vectors(count, [&](int64_t i, int lanes) {
           V::Reg d[a], out[a];
           for (int j = 0; j < a; ++j) d[j] = load_lanes(frames[j] + i, lanes);
-          input_vector(d, out);
+          stem_input<F>(d, out);
           for (int p = 0; p < a; ++p) store_lanes(inside + p * next + i, out[p], lanes);
         });
       }
   }
 
   template <int NV>
-  void multiply(const float* const* at, int64_t count, const float* u, float* sums, int64_t next_x,
-                int64_t next_sums) const {
+  static void multiply_by(const StemRuns& r, int points, const float* const* at, int64_t count,
+                          const float* u, float* sums, int64_t next_x, int64_t next_sums) {
     constexpr int kMax = V::max_rows(NV);
     static constexpr StemTiles<NV, kMax> tiles{};
-    const StemRuns r{plan.runs, plan.steps, plan.pitch, plan.chunk};
     const float* pixels[kGroup];
-    for (int p = 0; p < a; ++p, u += plan.runs * plan.steps * NV * V::kLanes) {
+    for (int p = 0; p < points; ++p, u += r.runs * r.steps * NV * V::kLanes) {
       for (int64_t i = 0; i < count; ++i) pixels[i] = at[i] + p * next_x;
       for (int64_t i = 0; i < count;) {
         const int64_t rest = count - i;
@@ -175,6 +216,19 @@ struct Stem {
         i += mr;
       }
     }
+  }
+
+  // sums[p] of `vectors` vectors of channels = at[p] * u[p], for each of `points`.
+  static void multiply(int vectors, const StemRuns& r, int points, const float* const* at, int64_t count,
+                       const float* u, float* sums, int64_t next_x, int64_t next_sums) {
+    if (V::kPanelVectors == 4 && vectors == 4)
+      multiply_by<V::kPanelVectors == 4 ? 4 : 1>(r, points, at, count, u, sums, next_x, next_sums);
+    else if (V::kPanelVectors == 4 && vectors == 3)
+      multiply_by<V::kPanelVectors == 4 ? 3 : 1>(r, points, at, count, u, sums, next_x, next_sums);
+    else if (vectors == 2)
+      multiply_by<2>(r, points, at, count, u, sums, next_x, next_sums);
+    else
+      multiply_by<1>(r, points, at, count, u, sums, next_x, next_sums);
   }
 
   // y of pixels [pixel, pixel + count) of `frames` frames from d0 on; output channels k to k + valid.
@@ -187,7 +241,7 @@ struct Stem {
         V::Reg in[a], out[m];
         const float* from = sums + i * width + j;
         for (int p = 0; p < a; ++p) in[p] = V::load(from + p * next);
-        output_vector(in, out);
+        stem_output<F>(in, out);
         const V::Reg bias = load_lanes(args.conv.bias + k + j, lanes);
         const V::Reg scale = args.scale ? load_lanes(args.scale + k + j, lanes) : V::set(1.f);
 #pragma GCC unroll 8
@@ -215,6 +269,7 @@ struct Stem {
     float* sums = static_cast<float*>(scratch(2, a * next_sums * 4));
     input(n, d0, h0 * g.stride.h - g.padding.h, (rows - 1) * g.stride.h + g.kernel.h, xt, next_x, zeros);
     const int frames = static_cast<int>(g.out.d - d0 < m ? g.out.d - d0 : m);
+    const StemRuns r{plan.runs, plan.steps, plan.pitch, plan.chunk};
     for (int64_t k = 0; k < g.k; k += kPanel) {
       const int64_t left = g.k - k, valid = left < kPanel ? left : kPanel;
       const int vectors = static_cast<int>((valid + V::kLanes - 1) / V::kLanes);
@@ -225,16 +280,60 @@ struct Stem {
         for (int64_t i = 0; i < count; ++i)
           at[i] = xt + (i0 + i) / g.out.w * g.stride.h * plan.lines * plan.pitch +
                   (i0 + i) % g.out.w * g.stride.w * plan.inner;
-        if (V::kPanelVectors == 4 && vectors == 4)
-          multiply<V::kPanelVectors == 4 ? 4 : 1>(at, count, u, sums, next_x, next_sums);
-        else if (V::kPanelVectors == 4 && vectors == 3)
-          multiply<V::kPanelVectors == 4 ? 3 : 1>(at, count, u, sums, next_x, next_sums);
-        else if (vectors == 2)
-          multiply<2>(at, count, u, sums, next_x, next_sums);
-        else
-          multiply<1>(at, count, u, sums, next_x, next_sums);
+        multiply(vectors, r, a, at, count, u, sums, next_x, next_sums);
         output(n, d0, frames, h0 * g.out.w + i0, count, k, valid, sums, vectors * V::kLanes, next_sums);
       }
+    }
+  }
+
+  // As block, with fewer multiplications along height too. Of each group of pixels in a row of tiles, product
+  // after product along depth: rows[product][line], sums[product][pixel][k], and both transforms of height.
+  template <int M>
+  void row_block(int64_t n, int64_t d0, int64_t h0, int64_t rows) const {
+    using Rows = StemRows<M>;
+    const int64_t tiles = (rows + M - 1) / M, most_tiles = (plan.rows + M - 1) / M,
+                  line = plan.lines * plan.pitch;
+    const int64_t next_x = odd_lines((2 * M * most_tiles + 5) * line);
+    float* xt = static_cast<float*>(
+        scratch(1, a * next_x * 4 + g.in.w * plan.inner * static_cast<int64_t>(sizeof(T))));
+    T* zeros = reinterpret_cast<T*>(xt + a * next_x);
+    fill_zero(zeros, g.in.w * plan.inner);
+    const int64_t groups = (g.out.w + kRowGroup - 1) / kRowGroup, most = (g.out.w + groups - 1) / groups;
+    const int64_t pixel = g.stride.w * plan.inner, pitch = ((most - 1) * pixel + plan.steps + 15) / 16 * 16;
+    const int64_t next_row = plan.lines * pitch, next_product = odd_lines(most * kPanel);
+    float* in_rows = static_cast<float*>(
+        scratch(2, 4 * (Rows::points * (next_row + next_product) + a * M * next_product)));
+    float *products = in_rows + Rows::points * next_row, *sums = products + Rows::points * next_product;
+    input(n, d0, h0 * 2 - g.padding.h, 2 * M * tiles + 5, xt, next_x, zeros);
+    const int frames = static_cast<int>(g.out.d - d0 < m ? g.out.d - d0 : m);
+    const StemRuns r{plan.lines, plan.steps, pitch, plan.lines};
+    const int64_t u_product = plan.lines * plan.steps;
+    for (int64_t k = 0; k < g.k; k += kPanel) {
+      const int64_t left = g.k - k, valid = left < kPanel ? left : kPanel;
+      const int vectors = static_cast<int>((valid + V::kLanes - 1) / V::kLanes);
+      const int64_t width = vectors * V::kLanes;
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t i0 = 0; i0 < g.out.w; i0 += most) {
+          const int64_t count = g.out.w - i0 < most ? g.out.w - i0 : most;
+          const float* at[kGroup];
+          for (int64_t i = 0; i < count; ++i) at[i] = in_rows + i * pixel;
+          for (int p = 0; p < a; ++p) {
+            const float* x = xt + p * next_x + t * 2 * M * line + i0 * pixel;
+            for (int64_t l = 0; l < plan.lines; ++l)
+              Rows::input(x + l * plan.pitch, line, in_rows + l * pitch, next_row,
+                          (count - 1) * pixel + plan.steps);
+            multiply(vectors, r, Rows::points, at, count,
+                     weights + (k * a + p * width) * Rows::points * u_product, products, next_row,
+                     next_product);
+            Rows::output(products, next_product, count * width, sums + p * M * next_product, next_product);
+          }
+          for (int i = 0; i < M; ++i) {
+            const int64_t oh = h0 + t * M + i;
+            if (oh < g.out.h)
+              output(n, d0, frames, oh * g.out.w + i0, count, k, valid, sums + i * next_product, width,
+                     M * next_product);
+          }
+        }
     }
   }
 
@@ -244,7 +343,13 @@ struct Stem {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t h0 = task % blocks * plan.rows, d0 = task / blocks % tiles * m;
         const int64_t left = g.out.h - h0;
-        block(task / blocks / tiles, d0, h0, left < plan.rows ? left : plan.rows);
+        const int64_t n = task / blocks / tiles, rows = left < plan.rows ? left : plan.rows;
+        if (args.row_tile == 4)
+          row_block<4>(n, d0, h0, rows);
+        else if (args.row_tile == 2)
+          row_block<2>(n, d0, h0, rows);
+        else
+          block(n, d0, h0, rows);
       }
     });
   }
