@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from measure import machine, relative_error, write_json
 
-from r3d_kernels import backends, ops
+from r3d_kernels import ops
 
 # outputs of a Winograd tile along depth, height and width
 WINOGRAD = {
@@ -61,11 +61,10 @@ def measure_one(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
     for tile in WINOGRAD[kernel]:
         y = ops.conv3d_winograd(x, weight, zeros, padding=padding, activation=None, tile=tile)
         errors[f"winograd{''.join(map(str, tile))}"] = relative_error(y, want)
-    if backends.describe()["isa"] == "amx":
-        for tile, slices in TILES[kernel]:
-            name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
-            y = ops.conv3d_tiles(x, weight, zeros, padding=padding, activation=None, slices=slices, tile=tile)
-            errors[name] = relative_error(y, want)
+    for tile, slices in TILES[kernel]:
+        name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
+        y = ops.conv3d_tiles(x, weight, zeros, padding=padding, activation=None, slices=slices, tile=tile)
+        errors[name] = relative_error(y, want)
     return errors
 
 

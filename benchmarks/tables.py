@@ -1,0 +1,210 @@
+"""Writes the measured tables of README.md from the JSON of compare.py and accuracy.py.
+
+    python benchmarks/tables.py            # rewrites the blocks of README.md
+    python benchmarks/tables.py --check    # exit code 1 if that would change anything
+
+A block begins with `<!-- table: KIND FILE... -->` and ends with `<!-- end table -->`; files are in benchmarks/results.
+Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: ([^>]*?) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+PEERS = {
+    "eager": "stock eager",
+    "eager_cl": "stock channels-last",
+    "compile": "torch.compile + freezing",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+MEMORY = ("eager", "eager_cl", "fused")
+Row = dict[str, Any]
+
+
+def load(names: Iterable[str]) -> list[dict[str, Any]]:
+    return [json.loads((RESULTS / name).read_text()) | {"file": name} for name in names]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def source(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return (
+        f"`benchmarks/results/{report['file']}`, commit {machine['commit'][:7]}, {machine['date'][:10]}, "
+        f"torch {machine['versions']['torch'].split('+')[0]}:\n`{machine['command']}`"
+    )
+
+
+def sources(reports: list[dict[str, Any]]) -> str:
+    return "\n\n" + "\n".join(f"- {source(r)}" for r in reports) + "\n\n"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 99.95 else f"{value:.1f} ms"
+
+
+def cases(reports: list[dict[str, Any]], part: str = "speed") -> dict[tuple[str, int, str], dict[str, Row]]:
+    """(network, batch, dtype) -> engine -> row, in the order in which they were measured."""
+    found: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for report in reports:
+        for row in report[part]:
+            key = (row["network"], row["batch"], row["dtype"])
+            found.setdefault(key, {})[row["engine"]] = row
+    return found
+
+
+def cell(row: Row | None) -> str:
+    if row is None or row["status"] != "measured":
+        return "-"
+    return f"{milliseconds(row['median_ms'])} ({row['fused_is_faster_by']:.2f}x)"
+
+
+def peers(names: list[str]) -> str:
+    reports = load(names)
+    rows = [
+        [
+            f"`{network}`",
+            str(batch),
+            dtype,
+            *(cell(engines.get(e)) for e in PEERS),
+            f"**{milliseconds(engines['fused']['median_ms'])}**",
+            f"{engines['fused']['error']:.1e}",
+        ]
+        for (network, batch, dtype), engines in cases(reports).items()
+    ]
+    head = ["network", "batch", "dtype", *PEERS.values(), "**r3d_kernels**", "its error"]
+    return sources(reports) + table(head, rows)
+
+
+def openvino(names: list[str]) -> str:
+    reports = load(names)
+    rows = [
+        [
+            f"`{network}`",
+            str(batch),
+            dtype,
+            cell(engines.get("openvino")),
+            f"**{milliseconds(engines['fused']['median_ms'])}**",
+            f"{engines['fused']['error']:.1e}",
+        ]
+        for (network, batch, dtype), engines in cases(reports).items()
+    ]
+    return sources(reports) + table(
+        ["network", "batch", "dtype", "OpenVINO", "**r3d_kernels**", "its error"], rows
+    )
+
+
+def stock(names: list[str]) -> str:
+    reports = load(names)
+    memory = cases(reports, "memory")
+    rows, gains, added, held = [], [], 0, 0
+    for (network, batch, dtype), engines in cases(reports).items():
+        measured = memory[network, batch, dtype]
+        extra = [measured[e]["extra_mib"] for e in MEMORY]
+        steady = [measured[e]["steady_mib"] for e in MEMORY]
+        gain = min(engines[e]["fused_is_faster_by"] for e in MEMORY[:2])
+        gains.append(gain)
+        added += extra[2] < min(extra[:2])
+        held += steady[2] < min(steady[:2])
+        rows.append(
+            [f"`{network}`", str(batch), dtype, *(milliseconds(engines[e]["median_ms"]) for e in MEMORY)]
+            + [f"{gain:.2f}x"]
+            + [" / ".join(f"{v:.0f}" for v in values) + " MiB" for values in (extra, steady)]
+        )
+    head = ["network", "batch", "dtype", "stock eager", "stock channels-last", "fused"]
+    head += ["faster than the better stock", "a pass adds", "process peak"]
+    return (
+        f"\nFaster than the better stock layout by {min(gains):.2f}x to {max(gains):.2f}x in {len(gains)} cases; "
+        f"a pass adds less memory than with either in {added} of them, and the warm process peaks lower than with "
+        f"either in {held}." + sources(reports) + table(head, rows)
+    )
+
+
+def span(values: list[float]) -> str:
+    if not values:
+        return "-"
+    low, high = f"{min(values):.1e}", f"{max(values):.1e}"
+    return low if low == high else f"{low} to {high}"
+
+
+def accuracy(names: list[str], *, stems: bool = False) -> str:
+    """One row for a kernel, one column for an algorithm; spans over the numbers of channels."""
+    reports = load(names)
+    errors: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for row in reports[0]["float32"]:
+        if stems is any(name.startswith("stem") for name in row["errors"]):
+            for name, error in row["errors"].items():
+                errors.setdefault(tuple(row["kernel"]), {}).setdefault(name, []).append(error)
+    columns = list(dict.fromkeys(name for by_name in errors.values() for name in by_name))
+    rows = [
+        ["x".join(map(str, kernel)), *(span(by_name.get(c, [])) for c in columns)]
+        for kernel, by_name in errors.items()
+    ]
+    return sources(reports) + table(["kernel", *map(_algorithm, columns)], rows)
+
+
+def _algorithm(name: str) -> str:
+    """winograd244 -> Winograd F(2,4,4)"""
+    digits = re.fullmatch(r"(winograd|tiles|stem)([\d,]+)(.*)", name)
+    if digits is None:
+        return name
+    kind, numbers, rest = digits.groups()
+    kind = {"winograd": "Winograd", "tiles": "AMX tiles", "stem": "stem"}[kind]
+    return f"{kind} F({','.join(numbers.replace(',', ''))}){rest.replace(' slices', ' slices of bf16')}"
+
+
+KINDS = {
+    "peers": peers,
+    "openvino": openvino,
+    "stock": stock,
+    "accuracy": accuracy,
+    "stems": lambda names: accuracy(names, stems=True),
+}
+
+
+def rewritten(text: str) -> str:
+    def block(match: re.Match[str]) -> str:
+        kind, *names = match.group(2).split()
+        return match.group(1) + KINDS[kind](names) + match.group(4)
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 if README.md is out of date"
+    )
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = rewritten(text)
+    if args.check:
+        if new != text:
+            print("README.md is not what benchmarks/tables.py makes of benchmarks/results", file=sys.stderr)
+        return int(new != text)
+    if new != text:
+        aside = readme.with_suffix(".md.new")
+        aside.write_text(new)
+        os.replace(aside, readme)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
