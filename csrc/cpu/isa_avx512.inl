@@ -21,12 +21,13 @@ struct V {
   static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   // the second operand of max is returned for NaN: keep the value there
   static inline Reg relu(Reg v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
-  // torch's rule: take v when it is greater or NaN
-  static inline Reg pool_max(Reg m, Reg v) {
-    const __mmask16 take =
-        static_cast<__mmask16>(_mm512_cmp_ps_mask(v, m, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q));
-    return _mm512_mask_mov_ps(m, take, v);
-  }
+  // the second operand is returned for NaN
+  static inline Reg max_number(Reg v, Reg m) { return _mm512_max_ps(v, m); }
+  using Flags = __mmask16;
+  static inline Flags no_flags() { return 0; }
+  static inline Flags nan_flags(Reg v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+  static inline Flags either(Flags a, Flags b) { return static_cast<Flags>(a | b); }
+  static inline Reg nan_where(Flags f, Reg v) { return _mm512_mask_mov_ps(v, f, set(__builtin_nanf(""))); }
   static inline float sum(Reg v) {
     alignas(64) float t[16];
     _mm512_store_ps(t, v);

@@ -30,10 +30,12 @@ struct V {
   static inline Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static inline Reg relu(Reg v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
-  static inline Reg pool_max(Reg m, Reg v) {
-    const Reg take = _mm256_or_ps(_mm256_cmp_ps(v, m, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_blendv_ps(m, v, take);
-  }
+  static inline Reg max_number(Reg v, Reg m) { return _mm256_max_ps(v, m); }
+  using Flags = Reg;
+  static inline Flags no_flags() { return zero(); }
+  static inline Flags nan_flags(Reg v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
+  static inline Flags either(Flags a, Flags b) { return _mm256_or_ps(a, b); }
+  static inline Reg nan_where(Flags f, Reg v) { return _mm256_blendv_ps(v, set(__builtin_nanf("")), f); }
   static inline float sum(Reg v) {
     alignas(32) float t[8];
     _mm256_store_ps(t, v);

@@ -49,9 +49,17 @@ struct V {
     for (int i = 0; i < 4; ++i) v[i] = v[i] < 0.f ? 0.f : v[i];  // NaN stays
     return v;
   }
-  static inline Reg pool_max(Reg m, Reg v) {
-    for (int i = 0; i < 4; ++i) m[i] = v[i] > m[i] || v[i] != v[i] ? v[i] : m[i];
+  static inline Reg max_number(Reg v, Reg m) {
+    for (int i = 0; i < 4; ++i) m[i] = v[i] > m[i] ? v[i] : m[i];
     return m;
+  }
+  typedef int Flags __attribute__((vector_size(16)));
+  static inline Flags no_flags() { return Flags{}; }
+  static inline Flags nan_flags(Reg v) { return v != v; }
+  static inline Flags either(Flags a, Flags b) { return a | b; }
+  static inline Reg nan_where(Flags f, Reg v) {
+    for (int i = 0; i < 4; ++i) v[i] = f[i] ? __builtin_nanf("") : v[i];
+    return v;
   }
   static inline float sum(Reg v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static inline Reg load_bf16(const uint16_t* p) { return load_bf16_part(p, 4); }

@@ -4,6 +4,40 @@
 static inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The window of one output pixel: [d0, d1) x [h0, h1) x [w0, w1) of the input.
+struct PoolWindow {
+  int64_t d0, d1, h0, h1, w0, w1;
+};
+
+// Maxima of NV vectors of channels, not-a-number where the window has one. That is noted beside the maxima,
+// so that these wait for one instruction a pixel only.
+template <int NV, class T>
+static inline void max_pool_window(const PoolArgs& a, const T* x, const PoolWindow& win, int lanes, T* y) {
+  V::Reg most[NV];
+  V::Flags bad[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    most[j] = V::set(-__builtin_inff());
+    bad[j] = V::no_flags();
+  }
+  for (int64_t d = win.d0; d < win.d1; ++d)
+    for (int64_t h = win.h0; h < win.h1; ++h) {
+      const T* from = x + ((d * a.in.h + h) * a.in.w + win.w0) * a.c;
+      for (int64_t w = win.w0; w < win.w1; ++w, from += a.c)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          const V::Reg v = NV > 1 ? ld(from + j * V::kLanes) : load_lanes(from, lanes);
+          most[j] = V::max_number(v, most[j]);
+          bad[j] = V::either(bad[j], V::nan_flags(v));
+        }
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const V::Reg v = V::nan_where(bad[j], most[j]);
+    NV > 1 ? st(y + j * V::kLanes, v) : store_lanes(y, v, lanes);
+  }
+}
+
 template <class T>
 static void max_pool3d_typed(const PoolArgs& a) {
   const int64_t rows = a.n * a.out.d * a.out.h;  // one task: a line of output pixels
@@ -11,19 +45,23 @@ static void max_pool3d_typed(const PoolArgs& a) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t oh = row % a.out.h, od = row / a.out.h % a.out.d, n = row / (a.out.h * a.out.d);
       const int64_t d0 = od * a.stride.d - a.padding.d, h0 = oh * a.stride.h - a.padding.h;
-      const int64_t d1 = at_most(d0 + a.kernel.d, a.in.d), h1 = at_most(h0 + a.kernel.h, a.in.h);
+      PoolWindow win{at_least(d0, 0),
+                     at_most(d0 + a.kernel.d, a.in.d),
+                     at_least(h0, 0),
+                     at_most(h0 + a.kernel.h, a.in.h),
+                     0,
+                     0};
       const T* x = static_cast<const T*>(a.x) + n * a.in.volume() * a.c;
       T* y = static_cast<T*>(a.y) + row * a.out.w * a.c;
       for (int64_t ow = 0; ow < a.out.w; ++ow, y += a.c) {
-        const int64_t w0 = ow * a.stride.w - a.padding.w, w1 = at_most(w0 + a.kernel.w, a.in.w);
-        for_vectors(a.c, [&](int64_t c, int lanes) {
-          V::Reg m = V::set(-__builtin_inff());
-          for (int64_t d = at_least(d0, 0); d < d1; ++d)
-            for (int64_t h = at_least(h0, 0); h < h1; ++h)
-              for (int64_t w = at_least(w0, 0); w < w1; ++w)
-                m = V::pool_max(m, load_lanes(x + ((d * a.in.h + h) * a.in.w + w) * a.c + c, lanes));
-          store_lanes(y + c, m, lanes);
-        });
+        const int64_t w0 = ow * a.stride.w - a.padding.w;
+        win.w0 = at_least(w0, 0);
+        win.w1 = at_most(w0 + a.kernel.w, a.in.w);
+        int64_t c = 0;
+        for (; c + 4 * V::kLanes <= a.c; c += 4 * V::kLanes)
+          max_pool_window<4>(a, x + c, win, V::kLanes, y + c);
+        for (; c < a.c; c += V::kLanes)
+          max_pool_window<1>(a, x + c, win, static_cast<int>(at_most(a.c - c, V::kLanes)), y + c);
       }
     }
   });
