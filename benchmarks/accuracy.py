@@ -25,6 +25,7 @@ WINOGRAD = {
     (3, 1, 1): ((2, 1, 1), (4, 1, 1)),
     (1, 1, 1): (),
 }
+STRIDED = ((2, 2, 2), (4, 2, 2))  # of 3x3x3 kernels with stride 2
 # stems: kernel -> output frames of a tile
 STEMS = {(7, 7, 7): (2, 4, 6), (5, 7, 7): (2, 4, 6), (3, 7, 7): (2, 4, 8)}
 # matrix tiles: (outputs of a Winograd tile, slices of an operand); without AMX they run in plain loops
@@ -45,25 +46,30 @@ CHANNELS = (64, 128, 256, 512)
 SIZE = (4, 14, 14)
 
 
-def measure_one(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
+def measure_strided(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
+    """As `measure_one`, with stride 2."""
+    return measure_one(kernel, c, stride=2)
+
+
+def measure_one(kernel: tuple[int, int, int], c: int, stride: int = 1) -> dict[str, float]:
     """Algorithm to error, "stock" among them."""
     generator = torch.Generator().manual_seed(c)
     x = torch.randn(1, c, *SIZE, generator=generator).relu()
     weight = (
         torch.randn(c, c, *kernel, generator=generator) * (2 / (c * kernel[0] * kernel[1] * kernel[2])) ** 0.5
     )
-    padding = tuple(k // 2 for k in kernel)
-    want = F.conv3d(x.double(), weight.double(), padding=padding)
-    errors = {"stock": relative_error(F.conv3d(x, weight, padding=padding), want)}
+    geometry = {"stride": stride, "padding": tuple(k // 2 for k in kernel)}
+    want = F.conv3d(x.double(), weight.double(), **geometry)
+    errors = {"stock": relative_error(F.conv3d(x, weight, **geometry), want)}
     zeros = torch.zeros(c)
-    y = ops.conv3d_direct(x, weight, zeros, padding=padding, activation=None)
+    y = ops.conv3d_direct(x, weight, zeros, activation=None, **geometry)
     errors["direct"] = relative_error(y, want)
-    for tile in WINOGRAD[kernel]:
-        y = ops.conv3d_winograd(x, weight, zeros, padding=padding, activation=None, tile=tile)
+    for tile in WINOGRAD[kernel] if stride == 1 else STRIDED:
+        y = ops.conv3d_winograd(x, weight, zeros, activation=None, tile=tile, **geometry)
         errors[f"winograd{''.join(map(str, tile))}"] = relative_error(y, want)
-    for tile, slices in TILES[kernel]:
+    for tile, slices in TILES[kernel] if stride == 1 else ():
         name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
-        y = ops.conv3d_tiles(x, weight, zeros, padding=padding, activation=None, slices=slices, tile=tile)
+        y = ops.conv3d_tiles(x, weight, zeros, activation=None, slices=slices, tile=tile, **geometry)
         errors[name] = relative_error(y, want)
     return errors
 
@@ -95,12 +101,14 @@ def main() -> int:
     rows = []
     with torch.inference_mode():
         cases = [(k, c, measure_one) for k in WINOGRAD for c in CHANNELS]
+        cases += [((3, 3, 3), c, measure_strided) for c in CHANNELS]
         cases += [(k, c, measure_stem) for k in STEMS for c in (1, 3)]
         for kernel, c, measure in cases:
             errors = measure(kernel, c)
-            rows.append({"kernel": list(kernel), "channels": c, "errors": errors})
+            strided = {"stride": 2} if measure is measure_strided else {}
+            rows.append({"kernel": list(kernel), "channels": c, **strided, "errors": errors})
             text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            print(f"{'x'.join(map(str, kernel))} C={c:<4} {text}")
+            print(f"{'x'.join(map(str, kernel))}{' s2' if strided else ''} C={c:<4} {text}")
     if args.json:
         write_json(args.json, {"machine": machine(), "float32": rows})
     return 0

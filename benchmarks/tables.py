@@ -144,16 +144,14 @@ def span(values: list[float]) -> str:
 def accuracy(names: list[str], *, stems: bool = False) -> str:
     """One row for a kernel, one column for an algorithm; spans over the numbers of channels."""
     reports = load(names)
-    errors: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    errors: dict[str, dict[str, list[float]]] = {}
     for row in reports[0]["float32"]:
         if stems is any(name.startswith("stem") for name in row["errors"]):
             for name, error in row["errors"].items():
-                errors.setdefault(tuple(row["kernel"]), {}).setdefault(name, []).append(error)
+                kernel = "x".join(map(str, row["kernel"])) + (" stride 2" if row.get("stride") == 2 else "")
+                errors.setdefault(kernel, {}).setdefault(name, []).append(error)
     columns = list(dict.fromkeys(name for by_name in errors.values() for name in by_name))
-    rows = [
-        ["x".join(map(str, kernel)), *(span(by_name.get(c, [])) for c in columns)]
-        for kernel, by_name in errors.items()
-    ]
+    rows = [[kernel, *(span(by_name.get(c, [])) for c in columns)] for kernel, by_name in errors.items()]
     return sources(reports) + table(["kernel", *map(_algorithm, columns)], rows)
 
 

@@ -361,7 +361,8 @@ Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Te
 }
 
 Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
-                           std::optional<Tensor> residual, Ints padding, std::string activation, Ints tile) {
+                           std::optional<Tensor> residual, Ints stride, Ints padding, std::string activation,
+                           Ints tile) {
   cpu::WinogradArgs args{};
   args.tile = tile_of(tile);
   const cpu::WinogradTile known = cpu::winograd_tile(args.tile.code());
@@ -370,11 +371,12 @@ Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale,
     tiles += (tiles.empty() ? "" : ", ") + text({t.d, t.h, t.w});
   R3D_CHECK(known.d, "tile: expected one of ", tiles, ", got ", text(tile));
   return on_parameter(
-      args, x, weight, scale, bias, residual, {1, 1, 1}, padding, {1, 1, 1}, activation,
+      args, x, weight, scale, bias, residual, stride, padding, {1, 1, 1}, activation,
       [&](const cpu::WinogradArgs& a) {
         const char* why_not = cpu::winograd_refuses(a.tile, a.conv.g);
         return why_not ? "tile: " + text(tile) + ", kernel " +
-                             text({a.conv.g.kernel.d, a.conv.g.kernel.h, a.conv.g.kernel.w}) + ": " + why_not
+                             text({a.conv.g.kernel.d, a.conv.g.kernel.h, a.conv.g.kernel.w}) + ", stride " +
+                             text(stride) + ": " + why_not
                        : "";
       },
       kChannelsLast, [](const cpu::WinogradArgs& a) { cpu::conv3d_winograd(a); });
@@ -847,8 +849,8 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "int[] "
       "padding, int[] dilation, str activation, int slices, int[] tile) -> Tensor");
   m.def(
-      "conv3d_winograd(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] padding, "
-      "str activation, int[] tile) -> Tensor");
+      "conv3d_winograd(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
+      "int[] padding, str activation, int[] tile) -> Tensor");
   m.def(
       "conv3d_direct(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] padding, int[] dilation, str activation) -> Tensor");

@@ -252,15 +252,20 @@ def _tile_inputs(m: int) -> int:
 
 
 class WinogradCpu(DirectCpu):
-    """Our C++ Winograd convolution for 3-tap kernels of stride 1 (csrc/cpu/winograd*): fewer multiplications.
+    """Our C++ Winograd convolution for 3-tap kernels of stride 1 or 2 (csrc/cpu/winograd*): fewer multiplications.
 
     Args:
         tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
+        stride: along every axis.
     """
 
-    def __init__(self, tile: tuple[int, int, int]) -> None:
+    def __init__(self, tile: tuple[int, int, int], stride: int = 1) -> None:
         self.tile = tile
-        self.name = f"winograd F({','.join(map(str, tile))})"
+        self.stride = stride
+        self.name = f"winograd F({','.join(map(str, tile))})" + (f" s{stride}" if stride > 1 else "")
+        # A tile's inputs along an axis. Of those that a stride skips, all meet one tap: they share a filter.
+        self.points = math.prod(_tile_inputs(m) if stride == 1 else stride * m + 1 for m in tile)
+        self.filters = math.prod(map(_tile_inputs, tile))
 
     def can_run(self, request: Request) -> str | None:
         why_not = super().can_run(request)
@@ -269,8 +274,8 @@ class WinogradCpu(DirectCpu):
         p = request.problem
         if p.kernel != tuple(1 if m == 1 else 3 for m in self.tile):
             return f"the tile is not for kernel {p.kernel}"
-        if p.stride != (1, 1, 1) or p.dilation != (1, 1, 1):
-            return "needs stride 1 and dilation 1"
+        if p.stride != (self.stride,) * 3 or p.dilation != (1, 1, 1):
+            return f"needs stride {self.stride} and dilation 1"
         if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
             return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
         return None
@@ -278,22 +283,23 @@ class WinogradCpu(DirectCpu):
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         return torch.ops.r3d_kernels.conv3d_winograd(
-            x, *pack, residual, p.padding, p.activation or "none", self.tile
+            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile
         )
 
     def work(self, request: Request) -> Work:
         p = request.problem
-        tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
-        points = math.prod(map(_tile_inputs, self.tile))
-        return Work(tiles * points * p.c * p.k, p.bytes(request.dtype), torch.float32)
+        macs = self._tiles(p) * self.points * p.c * p.k
+        return Work(macs, p.bytes(request.dtype), torch.float32)
+
+    def _tiles(self, p: ConvProblem) -> int:
+        return p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
 
     def cycles(self, request: Request) -> float:
         p, lanes = request.problem, _vector_lanes()
-        tiles = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
-        points = math.prod(map(_tile_inputs, self.tile))
-        transforms = 10 * tiles * (p.c + p.k) + 6 * p.c * p.k  # of inputs, outputs and weights
+        tiles = self._tiles(p)
+        transforms = 10 * self.points * tiles * (p.c + p.k) + 6 * self.filters * p.c * p.k
         weights = math.prod(p.kernel) * p.c * p.k * request.dtype.itemsize / _BYTES_A_CYCLE
-        return tiles * points * p.c * p.k / (2 * lanes) + points * transforms / lanes + weights
+        return tiles * self.points * p.c * p.k / (2 * lanes) + transforms / lanes + weights
 
 
 class AmxCpu(DirectCpu):
@@ -599,10 +605,12 @@ def _onednn_ops() -> bool:
 
 # In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
 _TILES = ((2, 2, 2), (2, 4, 4), (4, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
+_STRIDED_TILES = ((2, 2, 2), (4, 2, 2))
 _AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
 KERNELS: list[Kernel] = [
     DirectCpu(),
     *map(WinogradCpu, _TILES),
+    *(WinogradCpu(tile, stride=2) for tile in _STRIDED_TILES),
     *map(AmxCpu, _AMX_TILES),
     *map(StemCpu, (2, 4, 6, 8)),
     *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),

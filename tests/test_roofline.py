@@ -71,16 +71,19 @@ def test_work_of_a_direct_kernel_leaves_the_padding_out() -> None:
         ((2, 4, 4), "n2c8d4h8w8k16f3p1", 27 * 32 / 144),
         ((1, 4, 4), "n1c8d3h8w4k16f1x3x3p0x1x1", 4.0),
         ((4, 1, 1), "n1c8d8h3w5k16f3x1x1p1x0x0", 2.0),
+        ((2, 2, 2), "n2c8d8h12w16k16f3s2p1", 27 * 8 / 125),
+        ((4, 2, 2), "n2c8d8h12w15k16f3s2p1", 27 * 16 / 225),
     ],
 )
 def test_work_of_winograd(tile: tuple[int, int, int], text: str, saving: float) -> None:
     r = request(text)
-    macs, moved, _ = backends.work(backends.WinogradCpu(tile), r)
+    kernel = backends.WinogradCpu(tile, r.problem.stride[0])
+    macs, moved, _ = backends.work(kernel, r)
     assert r.problem.macs / macs == saving
     assert moved == r.problem.bytes()  # the parameter is read, what becomes of it stays in the caches
     half = request(text, torch.bfloat16)  # products of float32 all the same
     halved = half.problem.bytes(torch.bfloat16)
-    assert backends.work(backends.WinogradCpu(tile), half) == (macs, halved, torch.float32)
+    assert backends.work(kernel, half) == (macs, halved, torch.float32)
 
 
 def test_limits() -> None:

@@ -15,6 +15,8 @@
 // The output transform of M is added up over the planes, with scale, bias, residual and activation at the
 // end.
 //
+// Stride 2: points that share a filter are rows of one product, as if they were more tiles.
+//
 // Many tiles: all weights (or as many output channels as fit a bounded buffer) are transformed first; tasks
 // take blocks of tiles whose V, and whose M for a pair of planes, stay in L2. Few tiles: all inputs are
 // transformed first; tasks take panels of output channels and transform their weights piece by piece, so that
@@ -47,6 +49,24 @@ static inline __attribute__((always_inline)) void filter_axis(Axis4, const V::Re
   u[5] = g[2];
 }
 
+static inline __attribute__((always_inline)) void filter_axis(Strided2, const V::Reg* g, V::Reg* u) {
+  u[0] = g[0];
+  u[1] = V::add(g[0], g[2]);
+  u[2] = g[2];
+  u[3] = g[1];
+}
+static inline __attribute__((always_inline)) void filter_axis(Strided4, const V::Reg* g, V::Reg* u) {
+  constexpr double p = Strided4::p, q = Strided4::q, cp = 1 / (2 * p * (p * p - q * q)),
+                   cq = 1 / (2 * q * (q * q - p * p));
+  const V::Reg ep = V::mul(V::set(float(cp)), g[0]), eq = V::mul(V::set(float(cq)), g[0]);
+  u[0] = V::fma(V::set(float(cp * p)), g[2], ep);
+  u[1] = V::sub(V::mul(V::set(float(cp * p)), g[2]), ep);
+  u[2] = V::fma(V::set(float(cq * q)), g[2], eq);
+  u[3] = V::sub(V::mul(V::set(float(cq * q)), g[2]), eq);
+  u[4] = g[2];
+  u[5] = g[1];
+}
+
 static inline __attribute__((always_inline)) void input_axis(Axis1, const V::Reg* d, V::Reg* v) {
   v[0] = d[0];
 }
@@ -68,6 +88,14 @@ static inline __attribute__((always_inline)) void input_axis(Axis4, const V::Reg
   v[5] = V::fma(V::set(pp * qq), d[1], V::fma(V::set(-pp - qq), d[3], d[5]));
 }
 
+static inline __attribute__((always_inline)) void input_axis(Strided2, const V::Reg* d, V::Reg* v) {
+  v[0] = V::sub(d[0], d[2]);
+  v[1] = d[2];
+  v[2] = V::sub(d[4], d[2]);
+  v[3] = d[1];
+  v[4] = d[3];
+}
+
 static inline __attribute__((always_inline)) void output_axis(Axis1, const V::Reg* m, V::Reg* y) {
   y[0] = m[0];
 }
@@ -85,20 +113,71 @@ static inline __attribute__((always_inline)) void output_axis(Axis4, const V::Re
   y[3] = V::fma(V::set(p * p * p), tp, V::fma(V::set(q * q * q), tq, m[5]));
 }
 
+static inline __attribute__((always_inline)) void output_axis(Strided2, const V::Reg* m, V::Reg* y) {
+  y[0] = V::add(V::add(m[0], m[1]), m[3]);
+  y[1] = V::add(V::add(m[1], m[2]), m[4]);
+}
+
+// A strided depth axis is transformed plane by plane: what plane `t` of the inputs is the sum of, ...
+struct DepthTerms {
+  int count, slice[4];
+  float factor[4];  // the first is 1
+};
+static inline DepthTerms depth_terms(Strided2, int t) {
+  switch (t) {
+    case 0:
+      return {2, {0, 2}, {1, -1}};
+    case 1:
+      return {1, {2}, {1}};
+    case 2:
+      return {2, {4, 2}, {1, -1}};
+  }
+  return {1, {2 * t - 5}, {1}};
+}
+static inline DepthTerms depth_terms(Strided4, int t) {
+  constexpr float p = Strided4::p, q = Strided4::q, pp = p * p, qq = q * q;
+  if (t < 4) {
+    const float r = t < 2 ? p : q, ss = t < 2 ? qq : pp, sign = t % 2 ? -1.f : 1.f;
+    return {4, {6, 4, 2, 0}, {1, sign * r, -ss, -sign * r * ss}};
+  }
+  if (t == 4) return {3, {8, 4, 0}, {1, -pp - qq, pp * qq}};
+  return {1, {2 * t - 9}, {1}};
+}
+// ... and what it adds to slice `i` of the outputs.
+static constexpr float depth_factor(Strided2, int i, int t) {
+  return t >= 3 ? t - 3 == i : t == 1 || t == 2 * i ? 1.f : 0.f;
+}
+static constexpr float depth_factor(Strided4, int i, int t) {
+  if (t >= 5) return t - 5 == i;
+  if (t == 4) return i == 3;
+  const float r = t < 2 ? Strided4::p : Strided4::q, power = i == 0   ? 1
+                                                             : i == 1 ? r
+                                                             : i == 2 ? r * r
+                                                                      : r * r * r;
+  return t % 2 && i % 2 ? -power : power;
+}
+
 // ---- the products of one point
 
-// m[MR][NV vectors] (+)= v[MR][steps] * u[steps][NV vectors]. Tiles lie ldv floats apart in v; a vector of
-// channels follows the one before after `next`. kStream: the weights are fetched past L2, which they would
-// flush; the rows that follow find them in L1.
+// m[MR][NV vectors] (+)= v[MR][steps] * u[steps][NV vectors]. Rows are tiles from `tile` on, ldv floats apart
+// in v; after `count` of them the tiles' next point follows. A vector of channels follows the one before
+// after `next`. kStream: the weights are fetched past L2, which they would flush; the rows that follow find
+// them in L1.
 template <int MR, int NV, bool kStream>
-static void product(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int steps,
-                    bool first) {
-  constexpr int kAhead = 2048 / 4;
+static void product(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int tile, int count,
+                    int steps, bool first) {
+  constexpr int kAhead = 8192 / 4;
   V::Reg acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
   const float* rows[MR];
-  for (int i = 0; i < MR; ++i) rows[i] = v + i * ldv;
+  for (int i = 0; i < MR; ++i) {
+    rows[i] = v + tile * ldv;
+    if (++tile == count) {
+      tile = 0;
+      v += V::kLanes;
+    }
+  }
   auto step = [&](int e) __attribute__((always_inline)) {
     V::Reg w[NV];
     for (int j = 0; j < NV; ++j) {
@@ -125,7 +204,7 @@ static void product(const float* v, int64_t ldv, int64_t next, const float* u, f
       V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
     }
 }
-using Product = void (*)(const float*, int64_t, int64_t, const float*, float*, int, bool);
+using Product = void (*)(const float*, int64_t, int64_t, const float*, float*, int, int, int, bool);
 template <int NV, bool kStream>
 struct Products {  // for 1 .. max_rows
   Product fn[V::max_rows(NV) + 1];
@@ -137,29 +216,33 @@ struct Products {  // for 1 .. max_rows
   }
 };
 
-// m[tile][k] (+)= v[tile][c] * u[c][k] over `steps` channels. Pieces of channels are summed one by one: as
-// exact as a direct convolution, which sums in chunks too.
+// m[point][tile][k] (+)= v[tile][point][c] * u[c][k] over `steps` channels, for `points` of `count` tiles
+// each. Pieces of channels are summed one by one: as exact as a direct convolution, which sums in chunks too.
 template <int NV>
-static void multiply(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int count,
-                     int steps, bool first, bool stream) {
+static void multiply(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int points,
+                     int count, int steps, bool first, bool stream) {
   constexpr int kMax = V::max_rows(NV);
   static constexpr Products<NV, true> streaming{};
   static constexpr Products<NV, false> cached{};
-  for (int i = 0; i < count;) {
-    const int left = count - i;
+  const int rows = points * count;
+  for (int i = 0, tile = 0; i < rows;) {
+    const int left = rows - i;
     const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
-    (stream && i == 0 ? streaming.fn : cached.fn)[mr](v + i * ldv, ldv, next, u, m + i * NV * V::kLanes,
+    (stream && i == 0 ? streaming.fn : cached.fn)[mr](v, ldv, next, u, m + i * NV * V::kLanes, tile, count,
                                                       steps, first);
     i += mr;
+    for (tile += mr; tile >= count; tile -= count) v += V::kLanes;
   }
 }
 static void multiply(int vectors, const float* v, int64_t ldv, int64_t next, const float* u, float* m,
-                     int count, int steps, bool first, bool stream) {
+                     int points, int count, int steps, bool first, bool stream) {
   constexpr bool kWide = V::kPanelVectors == 4;
-  if (kWide && vectors == 4) return multiply<kWide ? 4 : 1>(v, ldv, next, u, m, count, steps, first, stream);
-  if (kWide && vectors == 3) return multiply<kWide ? 3 : 1>(v, ldv, next, u, m, count, steps, first, stream);
-  if (vectors == 2) return multiply<2>(v, ldv, next, u, m, count, steps, first, stream);
-  multiply<1>(v, ldv, next, u, m, count, steps, first, stream);
+  if (kWide && vectors == 4)
+    return multiply<kWide ? 4 : 1>(v, ldv, next, u, m, points, count, steps, first, stream);
+  if (kWide && vectors == 3)
+    return multiply<kWide ? 3 : 1>(v, ldv, next, u, m, points, count, steps, first, stream);
+  if (vectors == 2) return multiply<2>(v, ldv, next, u, m, points, count, steps, first, stream);
+  multiply<1>(v, ldv, next, u, m, points, count, steps, first, stream);
 }
 
 struct WinogradAxis {
@@ -170,11 +253,13 @@ struct WinogradAxis {
 template <class AP, class AY, class AX, class T>
 struct Winograd {
   static constexpr int kPlane = AY::a * AX::a, kPoints = AP::a * kPlane, kOutputs = AY::m * AX::m;
+  static constexpr int kPlaneFilters = AY::filters * AX::filters, kFilters = AP::filters * kPlaneFilters;
+  static constexpr bool kStrided = AX::stride == 2;
   static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
   static constexpr int kMost = V::kPanelVectors;
   static constexpr int64_t kPiece = 64;             // channels summed at a time
   static constexpr int64_t kMostWeights = 4 << 20;  // bytes of transformed weights at a time, twice in panels
-  static constexpr int64_t kMostInputs = 7 << 20;   // bytes of all inputs, where they are transformed at once
+  static constexpr int64_t kMostInputs = 5 << 20;   // bytes of all inputs, where they are transformed at once
 
   const WinogradArgs& args;
   const ConvGeometry& g;
@@ -192,9 +277,9 @@ struct Winograd {
     const int64_t ty = left % y.tiles * AY::m, rest = left / y.tiles;
     const int64_t tp = rest % p.tiles * AP::m, n = rest / p.tiles;
     Place at;
-    at.p = static_cast<int32_t>(tp - p.padding);
-    at.y = static_cast<int32_t>(ty - y.padding);
-    at.x = static_cast<int32_t>(tx - x.padding);
+    at.p = static_cast<int32_t>(tp * AP::stride - p.padding);
+    at.y = static_cast<int32_t>(ty * AY::stride - y.padding);
+    at.x = static_cast<int32_t>(tx * AX::stride - x.padding);
     at.in = n * in_sample + at.p * p.in_step + at.y * y.in_step + at.x * x.in_step;
     at.out = n * out_sample + tp * p.out_step + ty * y.out_step + tx * x.out_step;
     at.inside = at.p >= 0 && at.p + AP::a <= p.in && at.y >= 0 && at.y + AY::a <= y.in && at.x >= 0 &&
@@ -241,33 +326,33 @@ struct Winograd {
   static void filter(const float* flat, float* u, int64_t point) {
     constexpr int kFace = AY::taps * AX::taps;
 #pragma GCC unroll 6
-    for (int t = 0; t < AP::a; ++t) {
+    for (int t = 0; t < AP::filters; ++t) {
       V::Reg plane[kFace];
 #pragma GCC unroll 9
       for (int i = 0; i < kFace; ++i) {
-        V::Reg in[AP::taps], out[AP::a];
+        V::Reg in[AP::taps], out[AP::filters];
 #pragma GCC unroll 3
         for (int s = 0; s < AP::taps; ++s) in[s] = V::load(flat + (s * kFace + i) * V::kLanes);
         filter_axis(AP(), in, out);
         plane[i] = out[t];
       }
-      V::Reg rows[AY::a][AX::taps];
+      V::Reg rows[AY::filters][AX::taps];
 #pragma GCC unroll 3
       for (int s = 0; s < AX::taps; ++s) {
-        V::Reg in[AY::taps], out[AY::a];
+        V::Reg in[AY::taps], out[AY::filters];
 #pragma GCC unroll 3
         for (int r = 0; r < AY::taps; ++r) in[r] = plane[r * AX::taps + s];
         filter_axis(AY(), in, out);
 #pragma GCC unroll 6
-        for (int r = 0; r < AY::a; ++r) rows[r][s] = out[r];
+        for (int r = 0; r < AY::filters; ++r) rows[r][s] = out[r];
       }
-      float* to = u + t * kPlane * point;
+      float* to = u + t * kPlaneFilters * point;
 #pragma GCC unroll 6
-      for (int r = 0; r < AY::a; ++r) {
-        V::Reg out[AX::a];
+      for (int r = 0; r < AY::filters; ++r) {
+        V::Reg out[AX::filters];
         filter_axis(AX(), rows[r], out);
 #pragma GCC unroll 6
-        for (int s = 0; s < AX::a; ++s, to += point) V::store(to, out[s]);
+        for (int s = 0; s < AX::filters; ++s, to += point) V::store(to, out[s]);
       }
     }
   }
@@ -373,18 +458,187 @@ struct Winograd {
     input_vectors<false>(from, pixels, to);
   }
 
+  // ---- stride 2: V of a plane is made when its products are due, so that blocks of more tiles fit L2
+
+  // Where a point lies within its plane: those that share a filter lie together.
+  static constexpr int place_of(int j, int k) {
+    constexpr int base = AY::own * AX::a, m = AY::m;
+    return j < AY::own   ? j * AX::a + k
+           : k < AX::own ? base + k * m + j - AY::own
+                         : base + AX::own * m + (j - AY::own) * AX::m + k - AX::own;
+  }
+  static constexpr int filter_plane(int t) { return t < AP::own ? t : AP::own; }
+  // How many points of a plane have this filter.
+  static constexpr int sharing(int filter) {
+    if (!kStrided) return 1;
+    return (filter / AX::filters < AY::own ? 1 : AY::m) * (filter % AX::filters < AX::own ? 1 : AX::m);
+  }
+
+  // One vector of channels of one plane of a tile. pixels: of a tile at the border, for each term; else all
+  // are `from` + steps. The next tile is fetched meanwhile, `ahead` of this one.
+  template <bool kInside>
+  inline __attribute__((always_inline)) void plane_vector(const DepthTerms& terms, const T* from,
+                                                          int64_t ahead, const T* const* pixels, int64_t c,
+                                                          int lanes, float* to) const {
+    alignas(64) float buffer[AY::a][AX::a][V::kLanes];
+    for (int j = 0; j < AY::a; ++j) {
+      V::Reg in[AX::a], out[AX::a];
+      for (int i = 0; i < terms.count; ++i) {
+        const T* at = from + terms.slice[i] * p.in_step + j * y.in_step + c;
+        const T* const* around = pixels + i * kPlane + j * AX::a;
+        const V::Reg factor = V::set(terms.factor[i]);
+#pragma GCC unroll 5
+        for (int k = 0; k < AX::a; ++k) {
+          __builtin_prefetch(at + k * x.in_step + ahead, 0, 2);
+          const V::Reg value = load_lanes(kInside ? at + k * x.in_step : around[k] + c, lanes);
+          in[k] = i ? V::fma(factor, value, in[k]) : value;
+        }
+      }
+      input_axis(AX(), in, out);
+#pragma GCC unroll 5
+      for (int k = 0; k < AX::a; ++k) V::store(buffer[j][k], out[k]);
+    }
+    for (int k = 0; k < AX::a; ++k) {
+      V::Reg in[AY::a], out[AY::a];
+#pragma GCC unroll 5
+      for (int j = 0; j < AY::a; ++j) in[j] = V::load(buffer[j][k]);
+      input_axis(AY(), in, out);
+#pragma GCC unroll 5
+      for (int j = 0; j < AY::a; ++j) V::store(to + place_of(j, k) * V::kLanes, out[j]);
+    }
+  }
+
+  // All channels of plane `t` of one tile, `step` floats from one vector to the next
+  void plane_tile(int t, const Place& at, const Place& next, const T* zeros, float* to, int64_t step) const {
+    const T* from = static_cast<const T*>(args.conv.x) + at.in;
+    const DepthTerms terms = depth_terms(AP(), t);
+    const int64_t ahead = next.in - at.in;
+    const T* pixels[4 * kPlane];
+    if (!at.inside)
+      for (int i = 0; i < terms.count; ++i)
+        for (int j = 0; j < AY::a; ++j)
+          for (int k = 0; k < AX::a; ++k) {
+            const int64_t ip = at.p + terms.slice[i], iy = at.y + j, ix = at.x + k;
+            const bool ok = ip >= 0 && ip < p.in && iy >= 0 && iy < y.in && ix >= 0 && ix < x.in;
+            pixels[(i * AY::a + j) * AX::a + k] =
+                ok ? from + terms.slice[i] * p.in_step + j * y.in_step + k * x.in_step : zeros;
+          }
+    for (int64_t c = 0; c < g.c; c += V::kLanes, to += step) {
+      const int lanes = static_cast<int>(least(g.c - c, V::kLanes));
+      if (at.inside && lanes == V::kLanes)
+        plane_vector<true>(terms, from, ahead, pixels, c, V::kLanes, to);
+      else if (at.inside)
+        plane_vector<true>(terms, from, ahead, pixels, c, lanes, to);
+      else
+        plane_vector<false>(terms, from, ahead, pixels, c, lanes, to);
+    }
+  }
+
+  // One vector of output channels of one tile and plane. from: [point][tile][k], `stride` floats from one
+  // point to the next
+  template <int kGroup>
+  inline __attribute__((always_inline)) void plane_output(const Place& at, const float* from, int64_t stride,
+                                                          int64_t k, int lanes, float* sums,
+                                                          int64_t ld) const {
+    constexpr int t = plane_of(kGroup);
+    alignas(64) float buffer[AY::m][AX::a][V::kLanes];
+    for (int z = 0; z < AX::a; ++z) {
+      V::Reg in[AY::a], out[AY::m];
+      const float* odd = from + place_of(AY::own, z) * stride;
+      const int64_t odd_step = (z < AX::own ? 1 : AX::m) * stride;
+#pragma GCC unroll 3
+      for (int j = 0; j < AY::own; ++j) in[j] = V::load(from + (j * AX::a + z) * stride);
+#pragma GCC unroll 2
+      for (int j = AY::own; j < AY::a; ++j) in[j] = V::load(odd + (j - AY::own) * odd_step);
+      output_axis(AY(), in, out);
+#pragma GCC unroll 2
+      for (int j = 0; j < AY::m; ++j) V::store(buffer[j][z], out[j]);
+    }
+    const int64_t rows = y.out - (at.y + y.padding) / AY::stride,
+                  columns = x.out - (at.x + x.padding) / AX::stride,
+                  slices = p.out - (at.p + p.padding) / AP::stride;
+    const V::Reg bias = load_lanes(args.conv.bias + k, lanes);
+    const V::Reg scale = args.scale ? load_lanes(args.scale + k, lanes) : V::set(1.f);
+    for (int j = 0; j < AY::m; ++j) {
+      V::Reg in[AX::a], out[AX::m];
+#pragma GCC unroll 5
+      for (int z = 0; z < AX::a; ++z) in[z] = V::load(buffer[j][z]);
+      output_axis(AX(), in, out);
+      const int64_t to = at.out + j * y.out_step + k;
+#pragma GCC unroll 4
+      for (int z = 0; z < AX::m; ++z) {
+        float* sum = sums + (j * AX::m + z) * ld;
+#pragma GCC unroll 4
+        for (int i = 0; i < AP::m; ++i) {
+          const float factor = depth_factor(AP(), i, t);
+          if (factor == 0) continue;
+          V::Reg s;
+          if (kGroup == first_group(i))
+            s = factor == 1 ? out[z] : V::mul(V::set(factor), out[z]);
+          else if (factor == 1)
+            s = V::add(V::load(sum + i * kOutputs * ld), out[z]);
+          else
+            s = V::fma(V::set(factor), out[z], V::load(sum + i * kOutputs * ld));
+          if (kGroup != last_group(i)) {
+            V::store(sum + i * kOutputs * ld, s);
+          } else if (i < slices && j < rows && z < columns) {
+            V::Reg value = V::fma(s, scale, bias);
+            const int64_t o = to + i * p.out_step + z * x.out_step;
+            if (args.conv.residual)
+              value = V::add(value, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
+            if (args.conv.activation == Activation::kRelu) value = V::relu(value);
+            store_lanes(static_cast<T*>(args.conv.y) + o, value, lanes);
+          }
+        }
+      }
+    }
+  }
+
+  // Strided planes are groups of their own, in an order in which the slices are finished early.
+  static constexpr int plane_of(int group) {
+    if constexpr (AP::m == 2) {
+      constexpr int order[] = {0, 3, 1, 2, 4};
+      return order[group];
+    } else {
+      return group;
+    }
+  }
+  static constexpr int first_group(int slice) {
+    for (int group = 0; group < AP::a; ++group)
+      if (depth_factor(AP(), slice, plane_of(group)) != 0) return group;
+    return -1;
+  }
+  static constexpr int last_group(int slice) {
+    for (int group = AP::a - 1; group >= 0; --group)
+      if (depth_factor(AP(), slice, plane_of(group)) != 0) return group;
+    return -1;
+  }
+
   // ---- output
 
   // Planes are finished in groups: the pairs of points +-p together, because outputs need their sum and
   // difference.
-  static constexpr int kGroups = AP::a / 2 + 1;
-  static constexpr int group_plane(int group) { return group ? 2 * group - 1 : 0; }
-  static constexpr int group_planes(int group) { return group && group < kGroups - 1 ? 2 : 1; }
+  static constexpr int kGroups = kStrided ? AP::a : AP::a / 2 + 1;
+  static constexpr int group_plane(int group) {
+    if constexpr (kStrided) return plane_of(group);
+    return group ? 2 * group - 1 : 0;
+  }
+  static constexpr int group_planes(int group) { return !kStrided && group && group < kGroups - 1 ? 2 : 1; }
   // Slices of outputs that a group completes.
   static constexpr int first_done(int group) {
+    if constexpr (kStrided) {
+      int slice = 0;
+      while (slice < AP::m && last_group(slice) != group) ++slice;
+      return slice;
+    }
     return AP::m == 1 ? 0 : group == kGroups - 1 ? AP::m - 1 : group == kGroups - 2 ? 0 : AP::m;
   }
   static constexpr int end_done(int group) {
+    if constexpr (kStrided) {
+      int slice = first_done(group);
+      while (slice < AP::m && last_group(slice) == group) ++slice;
+      return slice;
+    }
     return AP::m == 1 || group == kGroups - 1 ? AP::m : group == kGroups - 2 ? AP::m - 1 : 0;
   }
 
@@ -504,14 +758,25 @@ struct Winograd {
   }
 
   // V: floats of one tile, with a cache line more so that tiles do not fall on the same sets of L1.
-  int64_t tile_floats() const { return ceil_div(g.c, V::kLanes) * kPoints * V::kLanes + 16; }
+  int64_t tile_floats(int points = kPoints) const {
+    return ceil_div(g.c, V::kLanes) * points * V::kLanes + 16;
+  }
   // Where `piece` of `point` starts in the V of the first tile.
-  static int64_t piece_at(int64_t piece, int point) {
-    return (piece * (kPiece / V::kLanes) * kPoints + point) * V::kLanes;
+  static int64_t piece_at(int64_t piece, int point, int points = kPoints) {
+    return (piece * (kPiece / V::kLanes) * points + point) * V::kLanes;
+  }
+  // M: floats from one point to the next; rows of one product may not have gaps.
+  static int64_t point_floats(int64_t tiles, int64_t width) {
+    return kStrided ? tiles * width : odd_lines(tiles * width);
   }
   void inputs(float* v, const Place* places, int64_t begin, int64_t end, const T* zeros) const {
     for (int64_t i = begin; i < end; ++i)
-      input_tile(places[i], places[i + 1 < end ? i + 1 : i], zeros, v + i * tile_floats());
+      if constexpr (kStrided)
+        for (int t = 0; t < AP::a; ++t)
+          plane_tile(t, places[i], places[i + 1 < end ? i + 1 : i], zeros,
+                     v + i * tile_floats() + t * kPlane * V::kLanes, kPoints * V::kLanes);
+      else
+        input_tile(places[i], places[i + 1 < end ? i + 1 : i], zeros, v + i * tile_floats());
   }
 
   // Zeros for the pixels outside, and the places of `count` tiles, in one slot of scratch memory behind
@@ -552,55 +817,73 @@ struct Winograd {
       if (i + 1 < count) fetch_outputs(kGroup, places[i + 1].out + k, vectors * V::kLanes);
       for (int j = 0; j < vectors; ++j) {
         const int64_t at = k + j * V::kLanes;
-        output_vector<kGroup>(places[i], m + (i * vectors + j) * V::kLanes, stride_m, at,
-                              static_cast<int>(least(g.k - at, V::kLanes)),
-                              sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0), ld);
+        const float* from = m + (i * vectors + j) * V::kLanes;
+        const int lanes = static_cast<int>(least(g.k - at, V::kLanes));
+        float* sum = sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0);
+        if constexpr (kStrided)
+          plane_output<kGroup>(places[i], from, stride_m, at, lanes, sum, ld);
+        else
+          output_vector<kGroup>(places[i], from, stride_m, at, lanes, sum, ld);
       }
     }
   }
   void outputs(int group, const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
                int vectors, float* sums, int64_t k0, int64_t ld) const {
-    if (group == 0) return group_outputs<0>(m, stride_m, places, count, k, vectors, sums, k0, ld);
-    if (kGroups > 1 && group == 1)
-      return group_outputs<kGroups - 1 < 1 ? 0 : 1>(m, stride_m, places, count, k, vectors, sums, k0, ld);
-    if (kGroups > 2 && group == 2)
-      return group_outputs<kGroups - 1 < 2 ? 0 : 2>(m, stride_m, places, count, k, vectors, sums, k0, ld);
-    group_outputs<kGroups - 1>(m, stride_m, places, count, k, vectors, sums, k0, ld);
+    outputs_from<0>(group, m, stride_m, places, count, k, vectors, sums, k0, ld);
+  }
+  template <int kGroup>
+  void outputs_from(int group, const float* m, int64_t stride_m, const Place* places, int64_t count,
+                    int64_t k, int vectors, float* sums, int64_t k0, int64_t ld) const {
+    if (group == kGroup) return group_outputs<kGroup>(m, stride_m, places, count, k, vectors, sums, k0, ld);
+    if constexpr (kGroup + 1 < kGroups)
+      outputs_from<kGroup + 1>(group, m, stride_m, places, count, k, vectors, sums, k0, ld);
   }
 
   // ---- many tiles
 
-  // Tiles [first, first + count), panels [begin, end) of the group whose weights are u
-  void block(int most, const float* u, int64_t panel_step, int64_t point_step, int64_t first, int64_t count,
-             int64_t group_k, int64_t begin, int64_t end) const {
+  // Tiles [first_tile, first_tile + count), panels [begin, end) of the group whose weights are u
+  void block(int most, const float* u, int64_t panel_step, int64_t point_step, int64_t first_tile,
+             int64_t count, int64_t group_k, int64_t begin, int64_t end) const {
     const int64_t width = most * V::kLanes, ld = (end - begin) * width + 16;
-    const int64_t stride_m = odd_lines(count * width), k0 = group_k + begin * width;
+    const int64_t k0 = group_k + begin * width;
+    constexpr int kInputs = kStrided ? kPlane : kPoints;  // points of V at a time
     // V, M and the sums share a large page.
-    const int64_t v_floats = count * tile_floats(), m_floats = (AP::m > 1 ? 2 : 1) * kPlane * stride_m;
+    const int64_t v_floats = count * tile_floats(kInputs),
+                  m_floats = (AP::m > 1 && !kStrided ? 2 : 1) * kPlane * point_floats(count, width);
     const int64_t sum_floats = AP::m > 1 ? count * AP::m * kOutputs * ld : 0;
-    const Around a = around(0, 4 * (v_floats + m_floats + sum_floats), first, count);
+    const Around a = around(0, 4 * (v_floats + m_floats + sum_floats), first_tile, count);
     float *v = reinterpret_cast<float*>(a.data), *m = v + v_floats, *sums = m + m_floats;
-    inputs(v, a.places, 0, count, a.zeros);
-    for (int group = 0; group < kGroups; ++group)
+    if (!kStrided) inputs(v, a.places, 0, count, a.zeros);
+    for (int group = 0; group < kGroups; ++group) {
+      const int first = group_plane(group);
+      if constexpr (kStrided)
+        for (int64_t i = 0; i < count; ++i)
+          plane_tile(first, a.places[i], a.places[i + 1 < count ? i + 1 : i], a.zeros,
+                     v + i * tile_floats(kPlane), kPlane * V::kLanes);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t k = group_k + panel * width;
-        const int vectors = panel_vectors(k, most), first_point = group_plane(group) * kPlane;
-        for (int point = 0; point < group_planes(group) * kPlane; ++point) {
-          const float* up = u + panel * panel_step + (first_point + point) * point_step;
+        const int vectors = panel_vectors(k, most);
+        const int64_t stride_m = point_floats(count, vectors * V::kLanes);
+        const float* up = u + panel * panel_step + filter_plane(first) * kPlaneFilters * point_step;
+        const int first_point = kStrided ? 0 : first * kPlane;
+        for (int filter = 0, point = 0; filter < group_planes(group) * kPlaneFilters; ++filter) {
           for (int64_t c = 0; c < pieces(); ++c)
-            multiply(vectors, v + piece_at(c, first_point + point), tile_floats(), kPoints * V::kLanes,
-                     up + c * kPiece * vectors * V::kLanes, m + point * stride_m, static_cast<int>(count),
-                     piece_channels(c), c == 0, true);
+            multiply(vectors, v + piece_at(c, first_point + point, kInputs), tile_floats(kInputs),
+                     kInputs * V::kLanes, up + c * kPiece * vectors * V::kLanes, m + point * stride_m,
+                     sharing(filter), static_cast<int>(count), piece_channels(c), c == 0, true);
+          point += sharing(filter);
+          up += point_step;
         }
         outputs(group, m, stride_m, a.places, count, k, vectors, sums, k0, ld);
       }
+    }
   }
 
   // Changes the speed only: every sum is the same in any blocking.
   int64_t block_tiles() const {
     const int64_t width = kMost * V::kLanes, threads = thread_pool().threads();
     const int64_t sums = AP::m > 1 ? (AP::m * kOutputs + kPlane) * least(g.k, width) : 0;
-    int64_t count = l2_bytes() * 7 / 10 / (4 * (kPoints * g.c + kPlane * width + sums));
+    int64_t count = l2_bytes() * 7 / 10 / (4 * ((kStrided ? kPlane : kPoints) * g.c + kPlane * width + sums));
     count = count < 6 ? 6 : count > 96 ? 96 : count / 6 * 6;
     const int64_t blocks = ceil_div(ceil_div(tiles(), count), threads) * threads;  // as many for every thread
     return ceil_div(tiles(), blocks);
@@ -609,9 +892,9 @@ struct Winograd {
   void run_blocks() const {
     // Narrow panels where the weights of a wide one would take too much memory.
     int most = kMost;
-    while (most > 1 && kPoints * odd_lines(g.c * most * V::kLanes) * 4 > 2 * kMostWeights) most /= 2;
+    while (most > 1 && kFilters * odd_lines(g.c * most * V::kLanes) * 4 > 2 * kMostWeights) most /= 2;
     const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
-    const int64_t point_step = odd_lines(g.c * width), panel_step = kPoints * point_step;
+    const int64_t point_step = odd_lines(g.c * width), panel_step = kFilters * point_step;
     int64_t group = kMostWeights / (panel_step * 4);
     group = group < 1 ? 1 : least(group, panels);
     group = ceil_div(panels, ceil_div(panels, group));
@@ -637,9 +920,13 @@ struct Winograd {
 
   // ---- few tiles
 
-  bool few() const { return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostInputs; }
+  bool few() const {
+    // M of a panel of all strided points leaves L2 sooner.
+    if (kStrided && kPoints * tiles() * 2 * V::kLanes * 4 > l2_bytes() / 2) return false;
+    return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostInputs;
+  }
 
-  // Part `part` of kPoints of the parameter's channels c .. c + kPiece for `width` output channels from k.
+  // Part `part` of kFilters of the parameter's channels c .. c + kPiece for `width` output channels from k.
   void fetch_weights(int64_t k, int width, int64_t c, int part) const {
     if (k >= g.k) return;
     const T* w = static_cast<const T*>(args.conv.weight);
@@ -648,7 +935,7 @@ struct Winograd {
     const bool last = args.weight_channels_last;
     const int64_t lines = ceil_div(last ? channels : channels * kTaps, kLine),
                   runs = last ? rows * kTaps : rows;
-    const int64_t begin = runs * lines * part / kPoints, end = runs * lines * (part + 1) / kPoints;
+    const int64_t begin = runs * lines * part / kFilters, end = runs * lines * (part + 1) / kFilters;
     const int64_t run_step = last ? g.c : g.c * kTaps;
     const T* from = w + k * g.c * kTaps + (last ? c : c * kTaps);
     for (int64_t i = begin; i < end; ++i)
@@ -657,8 +944,8 @@ struct Winograd {
 
   void panel(const float* v, const Place* places, int64_t k, int vectors) const {
     const int64_t width = vectors * V::kLanes, point_step = odd_lines(piece() * width);
-    const int64_t stride_m = odd_lines(tiles() * width), ld = width + 16;
-    const int64_t u_floats = kPoints * point_step, m_floats = kPoints * stride_m;
+    const int64_t stride_m = point_floats(tiles(), width), ld = width + 16;
+    const int64_t u_floats = kFilters * point_step, m_floats = kPoints * stride_m;
     float* u = static_cast<float*>(
         scratch(1, 4 * (u_floats + m_floats + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
     float *m = u + u_floats, *sums = m + m_floats;
@@ -669,11 +956,15 @@ struct Winograd {
       // Meanwhile the weights of the next piece come from memory.
       const bool last = c + 1 == pieces();
       const int64_t next_k = last ? k + width : k, next_c = last ? 0 : (c + 1) * kPiece;
-      for (int point = 0; point < kPoints; ++point) {
-        fetch_weights(next_k, static_cast<int>(width), next_c, point);
-        multiply(vectors, v + piece_at(c, point), tile_floats(), kPoints * V::kLanes, u + point * point_step,
-                 m + point * stride_m, static_cast<int>(tiles()), piece_channels(c), c == 0, false);
-      }
+      for (int t = 0, point = 0; t < AP::a; ++t)
+        for (int filter = 0; filter < kPlaneFilters; ++filter) {
+          const int of_all = filter_plane(t) * kPlaneFilters + filter;
+          if (t < AP::filters) fetch_weights(next_k, static_cast<int>(width), next_c, of_all);
+          multiply(vectors, v + piece_at(c, point), tile_floats(), kPoints * V::kLanes,
+                   u + of_all * point_step, m + point * stride_m, sharing(filter), static_cast<int>(tiles()),
+                   piece_channels(c), c == 0, false);
+          point += sharing(filter);
+        }
     }
     for (int group = 0; group < kGroups; ++group)
       outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors, sums,
@@ -716,9 +1007,12 @@ template <class T>
 static void winograd_typed(const WinogradArgs& args) {
   switch (args.tile.code()) {
     case 222:
-      return run_winograd<Axis2, Axis2, Axis2, T, false>(args);
+      return args.conv.g.stride.d == 2 ? run_winograd<Strided2, Strided2, Strided2, T, false>(args)
+                                       : run_winograd<Axis2, Axis2, Axis2, T, false>(args);
     case 244:
       return run_winograd<Axis2, Axis4, Axis4, T, false>(args);
+    case 422:
+      return run_winograd<Strided4, Strided2, Strided2, T, false>(args);
     case 444:
       return run_winograd<Axis4, Axis4, Axis4, T, false>(args);
     case 122:

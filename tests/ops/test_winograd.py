@@ -23,7 +23,12 @@ TILES = {
     144: (1, 3, 3),
     211: (3, 1, 1),
     411: (3, 1, 1),
+    422: (3, 3, 3),
 }
+
+
+STRIDED = (222, 422)  # of stride 2, for 3x3x3
+CASES = [*((tile, 1) for tile in TILES if tile != 422), *((tile, 2) for tile in STRIDED)]
 
 
 def digits(tile: int) -> list[int]:
@@ -40,6 +45,7 @@ def check(
     residual: bool,
     dtype: torch.dtype,
     layout: str = "contiguous",
+    stride: int = 1,
 ) -> float:
     kernel = TILES[tile]
     x = torch.randn(n, c, *size).relu().to(dtype)
@@ -47,8 +53,12 @@ def check(
     bias = torch.randn(k)
     scale = torch.rand(k) + 0.5
     per_channel = scale.view(-1, 1, 1, 1)
-    want = F.conv3d(x.double(), weight.double(), padding=padding) * per_channel + bias.view(-1, 1, 1, 1)
-    stock = F.conv3d(x, weight, padding=padding) * per_channel.to(dtype) + bias.view(-1, 1, 1, 1).to(dtype)
+    want = F.conv3d(x.double(), weight.double(), stride=stride, padding=padding) * per_channel + bias.view(
+        -1, 1, 1, 1
+    )
+    stock = F.conv3d(x, weight, stride=stride, padding=padding) * per_channel.to(dtype) + bias.view(
+        -1, 1, 1, 1
+    ).to(dtype)
     r = None
     if residual:
         r = torch.randn(want.shape).to(dtype)
@@ -59,11 +69,12 @@ def check(
         bias,
         scale,
         r,
+        stride=stride,
         padding=padding,
         tile=digits(tile),
     )
     assert y.is_contiguous(memory_format=torch.channels_last_3d) or not y.numel()
-    terms = F.conv3d(x.double().abs(), weight.double().abs(), padding=padding) * per_channel
+    terms = F.conv3d(x.double().abs(), weight.double().abs(), stride=stride, padding=padding) * per_channel
     terms += bias.abs().view(-1, 1, 1, 1)
     assert_keeps_promise(y, want.relu(), stock.relu(), magnitude=terms.norm().item())
     return relative_error(y, want.relu())
@@ -71,28 +82,37 @@ def check(
 
 @pytest.mark.parametrize("isa", USABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tile", TILES)
-def test_every_instruction_set(tile: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:
+@pytest.mark.parametrize(("tile", "stride"), CASES)
+def test_every_instruction_set(tile: int, stride: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:
     monkeypatch.setenv("R3D_KERNELS_ISA", isa)
     same = tuple(k // 2 for k in TILES[tile])
-    check(tile, 1, 64, (4, 8, 8), 64, same, True, dtype)  # whole tiles, whole panels
-    check(tile, 2, 7, (5, 9, 11), 45, same, True, dtype)  # tails everywhere
-    check(tile, 1, 33, (3, 5, 3), 130, (0, 0, 0), False, dtype)
-    check(tile, 1, 40, (3, 5, 3), 36, same, False, dtype, "channels_last")
-    check(tile, 0, 8, (3, 5, 3), 8, same, False, dtype)
+    check(tile, 1, 64, (4, 8, 8), 64, same, True, dtype, stride=stride)  # whole tiles, whole panels
+    check(tile, 2, 7, (5, 9, 11), 45, same, True, dtype, stride=stride)  # tails everywhere
+    check(tile, 1, 33, (3, 5, 3), 130, (0, 0, 0), False, dtype, stride=stride)
+    check(tile, 1, 40, (3, 5, 3), 36, same, False, dtype, "channels_last", stride)
+    check(tile, 0, 8, (3, 5, 3), 8, same, False, dtype, stride=stride)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_many_channels_in_groups(tile: int) -> None:
+@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("tile", STRIDED)
+def test_many_strided_tiles(tile: int, isa: str, monkeypatch) -> None:
+    """In blocks rather than panels, with channels in pieces, the last ones narrow."""
+    monkeypatch.setenv("R3D_KERNELS_ISA", isa)
+    check(tile, 1, 3, (15, 33, 30), 20, (2, 0, 1), True, torch.float32, stride=2)
+    check(tile, 2, 70, (8, 20, 21), 72, (1, 1, 1), False, torch.bfloat16, stride=2)
+
+
+@pytest.mark.parametrize(("tile", "stride"), CASES)
+def test_many_channels_in_groups(tile: int, stride: int) -> None:
     """More transformed weights than are kept at a time, many tiles and few."""
     same = tuple(k // 2 for k in TILES[tile])
-    check(tile, 1, 256, (8, 16, 16), 320, same, True, torch.float32)
-    check(tile, 1, 512, (2, 7, 7), 200, same, True, torch.float32)
-    check(tile, 1, 512, (8, 16, 16), 72, same, False, torch.float32)
+    check(tile, 1, 256, (8, 16, 16), 320, same, True, torch.float32, stride=stride)
+    check(tile, 1, 512, (2, 7, 7), 200, same, True, torch.float32, stride=stride)
+    check(tile, 1, 512, (8, 16, 16), 72, same, False, torch.float32, stride=stride)
 
 
 @given(
-    st.sampled_from(list(TILES)),
+    st.sampled_from(CASES),
     st.integers(1, 2),
     st.sampled_from([1, 3, 16, 17, 45, 64]),
     st.sampled_from([1, 7, 16, 48, 65]),
@@ -102,25 +122,25 @@ def test_many_channels_in_groups(tile: int) -> None:
     st.sampled_from(["contiguous", "channels_last"]),
 )
 def test_any_geometry(
-    tile: int, n: int, c: int, k: int, size: tuple, padding: tuple, residual: bool, layout: str
+    case: tuple, n: int, c: int, k: int, size: tuple, padding: tuple, residual: bool, layout: str
 ) -> None:
+    tile, stride = case
     kernel = TILES[tile]
     padding = tuple(p if f > 1 else p % 2 for p, f in zip(padding, kernel, strict=True))
     size = tuple(max(s, f - 2 * p) for s, p, f in zip(size, padding, kernel, strict=True))
-    check(tile, n, c, size, k, padding, residual, torch.float32, layout)
+    check(tile, n, c, size, k, padding, residual, torch.float32, layout, stride)
 
 
 def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
     """What R3D_KERNELS_FP32=strict rests on: twice the error of the direct stock convolution at most."""
-    for tile in (222, 122, 211):
+    for tile, stride in ((222, 1), (122, 1), (211, 1), (222, 2)):
         for c in (64, 256):
             x, weight = torch.randn(1, c, 4, 14, 14).relu(), torch.randn(c, c, *TILES[tile]) / (4 * c) ** 0.5
             padding = tuple(k // 2 for k in TILES[tile])
-            want = F.conv3d(x.double(), weight.double(), padding=padding)
-            y = ops.conv3d_winograd(
-                x, weight, torch.zeros(c), padding=padding, activation=None, tile=digits(tile)
-            )
-            stock = F.conv3d(x, weight, padding=padding)
+            geometry = {"stride": stride, "padding": padding}
+            want = F.conv3d(x.double(), weight.double(), **geometry)
+            y = ops.conv3d_winograd(x, weight, torch.zeros(c), activation=None, tile=digits(tile), **geometry)
+            stock = F.conv3d(x, weight, **geometry)
             assert relative_error(y, want) <= 2 * relative_error(stock, want)
 
 
@@ -140,6 +160,17 @@ def test_same_bits_with_any_number_of_threads(text: str) -> None:
         assert all(torch.equal(results[0], r) for r in results)
 
 
+@pytest.mark.parametrize("text", ["n1c64d8h28w28k64f3s2p1+relu", "n1c256d2h14w14k128f3s2p1"])
+@pytest.mark.parametrize("tile", STRIDED)
+def test_same_strided_bits_with_any_number_of_threads(tile: int, text: str) -> None:
+    t = ConvProblem.parse(text).tensors()
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(ops.conv3d_winograd(t.x, t.weight, t.beta, stride=2, padding=1, tile=digits(tile)))
+    assert all(torch.equal(results[0], r) for r in results)
+
+
 def test_wrong_use() -> None:
     x, weight, bias = torch.randn(1, 4, 6, 6, 6), torch.randn(8, 4, 3, 3, 3), torch.zeros(8)
     with pytest.raises(
@@ -147,9 +178,18 @@ def test_wrong_use() -> None:
     ):
         ops.conv3d_winograd(x, weight, bias, tile=(3, 3, 3))
     with pytest.raises(
-        RuntimeError, match=r"tile: \[1, 2, 2\], kernel \[3, 3, 3\]: .*for another kernel size"
+        RuntimeError,
+        match=r"tile: \[1, 2, 2\], kernel \[3, 3, 3\], stride \[1, 1, 1\]: .*for another kernel size",
     ):
         ops.conv3d_winograd(x, weight, bias, tile=(1, 2, 2))
+    for stride, tile, why in (
+        ((1, 2, 2), (2, 2, 2), "needs a stride of 1 or of 2 along every axis"),
+        (3, (2, 2, 2), "needs a stride of 1 or of 2 along every axis"),
+        (2, (2, 4, 4), "the Winograd tile is for another stride"),
+        (1, (4, 2, 2), "the Winograd tile is for another stride"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"stride \[.*\]: .*{why}"):
+            ops.conv3d_winograd(x, weight, bias, stride=stride, tile=tile)
     with pytest.raises(RuntimeError, match=r"tile: expected 3 integers \(depth, height, width\), got 2"):
         ops.conv3d_winograd(x, weight, bias, tile=(2, 2))
     with pytest.raises(RuntimeError, match=r"weight: expected"):
@@ -162,24 +202,24 @@ def test_wrong_use() -> None:
         ops.conv3d_winograd(x, weight, bias, None, torch.zeros(1, 8, 4, 4, 5))
 
 
-@pytest.mark.parametrize("tile", [222, 444, 411])
-def test_operator(tile: int) -> None:
+@pytest.mark.parametrize(("tile", "stride"), [(222, 1), (444, 1), (411, 1), (422, 2)])
+def test_operator(tile: int, stride: int) -> None:
     x = torch.randn(1, 5, 4, 6, 6)
     weight, scale, bias = torch.randn(9, 5, *TILES[tile]), torch.rand(9), torch.randn(9)
     padding = [k // 2 for k in TILES[tile]]
-    for r in (None, torch.randn(1, 9, 4, 6, 6)):
+    for r in (None, torch.randn(1, 9, *(size // stride for size in (4, 6, 6)))):
         torch.library.opcheck(
             torch.ops.r3d_kernels.conv3d_winograd.default,
-            (x, weight, scale, bias, r, padding, "relu", digits(tile)),
+            (x, weight, scale, bias, r, [stride] * 3, padding, "relu", digits(tile)),
         )
 
 
 def test_nan_reaches_the_output() -> None:
     x, weight = torch.zeros(1, 16, 4, 8, 8), torch.ones(16, 16, 3, 3, 3)
     x[0, 3, 1, 4, 4] = float("nan")
-    want = F.conv3d(x, weight, padding=1).relu()
-    for tile in (222, 244, 444):
-        y = ops.conv3d_winograd(x, weight, torch.zeros(16), padding=1, tile=digits(tile))
+    for tile, stride in ((222, 1), (244, 1), (444, 1), (222, 2), (422, 2)):
+        want = F.conv3d(x, weight, stride=stride, padding=1).relu()
+        y = ops.conv3d_winograd(x, weight, torch.zeros(16), stride=stride, padding=1, tile=digits(tile))
         assert y.isnan()[want.isnan()].all()
 
 
@@ -207,10 +247,13 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
     }
     assert able("n1c64d8h28w28k64f1x3x3p0x1x1") == {"direct", "winograd F(1,2,2)", "winograd F(1,4,4)"}
     assert able("n1c64d8h28w28k64f3x1x1p1x0x0") == {"direct", "winograd F(2,1,1)", "winograd F(4,1,1)"}
-    for other in ("n1c64d8h28w28k64f3s2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):
+    strided = "n1c64d8h28w28k64f3s2p1"
+    assert able(strided) == {"direct", "winograd F(2,2,2) s2", "winograd F(4,2,2) s2"}
+    for other in ("n1c64d8h28w28k64f3s1x2x2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):
         assert able(other) == {"direct"}
     monkeypatch.setenv("R3D_KERNELS_FP32", "strict")
     assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)"}
+    assert able(strided) == {"direct", "winograd F(2,2,2) s2"}
     assert "winograd F(2,4,4)" in able("n1c64d8h28w28k64f3p1", torch.bfloat16)
     monkeypatch.setenv("R3D_KERNELS_FP32", "exact")
     with pytest.raises(ValueError, match="R3D_KERNELS_FP32: expected 'default' or 'strict', got 'exact'"):
