@@ -11,7 +11,7 @@ struct Ahead {
   int64_t pos;
   int current;
 
-  void step() {
+  void __attribute__((noinline)) step() {
     for (int left = lines; left > 0 && rows > 0;) {
       const char* p = at + current * segment;
       int64_t i = pos;

@@ -25,16 +25,18 @@ struct MathDot {
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), odd));
     return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
   }
-  template <int MR, int NV>
+  template <int LO, int HI, int MR, int NV>
   static inline __attribute__((always_inline)) void run(V::Reg (&acc)[MR][NV], const A* const* rows,
-                                                        int64_t offset, const char* weights, int steps) {
+                                                        int64_t offset, const char* weights, int begin,
+                                                        int end) {
     const A* a[MR];
-    for (int i = 0; i < MR; ++i) a[i] = rows[i] + offset;
+    for (int i = LO; i < HI; ++i) a[i] = rows[i] + offset;
+    weights += static_cast<int64_t>(begin) * NV * 64;
 #pragma GCC unroll 2
-    for (int e = 0; e < steps; ++e) {
+    for (int e = begin; e < end; ++e) {
       __m512bh w[NV];
       for (int j = 0; j < NV; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + j * 64));
-      for (int i = 0; i < MR; ++i) {
+      for (int i = LO; i < HI; ++i) {
         int pair;
         __builtin_memcpy(&pair, a[i] + 2 * e, 4);
         const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -42,6 +44,23 @@ struct MathDot {
       }
       weights += NV * 64;
     }
+  }
+
+  // vcvtneps2bf16 rounds as V::narrow does, but for subnormals, which it flushes: those are rare.
+  template <int NV>
+  static inline __attribute__((always_inline)) void store_row(uint16_t* y, const V::Reg (&v)[NV]) {
+    constexpr int kSubnormal = 0x20;
+    __mmask16 tiny = 0;
+    for (int j = 0; j < NV; ++j) tiny |= _mm512_fpclass_ps_mask(v[j], kSubnormal);
+    if (__builtin_expect(tiny != 0, 0)) {
+      for (int j = 0; j < NV; ++j) V::store_bf16(y + j * V::kLanes, v[j]);
+      return;
+    }
+    for (int j = 0; j + 1 < NV; j += 2)
+      _mm512_storeu_si512(y + j * V::kLanes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[j + 1], v[j])));
+    if constexpr (NV % 2 == 1)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + (NV - 1) * V::kLanes),
+                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v[NV - 1])));
   }
 };
 
