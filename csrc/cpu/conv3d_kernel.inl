@@ -686,7 +686,7 @@ struct Direct {
           weights.turn_panel(k, c0, c1, planes[l] * plane, (planes[l] + 1) * plane,
                              turned + l * plane * next_tap, next_tap, width);
       Ahead ahead{};
-      if (c1 < g.c) {
+      if (c1 < g.c && taps > 1) {  // with one tap, there is less to compute than to ask for
         const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
         ahead = weights.ahead(k, width, c1, next, planes[0] * plane, (planes[live - 1] + 1) * plane);
         const int64_t lines = ahead.rows * ahead.segments * ((ahead.bytes + 126) / 64);
