@@ -36,22 +36,28 @@ struct MathF32 {
   static inline __attribute__((always_inline)) typename V::Reg words(const uint16_t* p, int n) {
     return n == V::kLanes ? V::load_bf16(p) : V::load_bf16_part(p, n);
   }
-  template <int MR, int NV>
+  // Steps [begin, end) of the pixels [LO, HI) of a tile.
+  template <int LO, int HI, int MR, int NV>
   static inline __attribute__((always_inline)) void run(typename V::Reg (&acc)[MR][NV], const A* const* rows,
-                                                        int64_t offset, const char* weights, int steps) {
-    const float* b = reinterpret_cast<const float*>(weights);
+                                                        int64_t offset, const char* weights, int begin,
+                                                        int end) {
+    const float* b = reinterpret_cast<const float*>(weights) + static_cast<int64_t>(begin) * NV * V::kLanes;
     const A* a[MR];
-    for (int i = 0; i < MR; ++i) a[i] = rows[i] + offset;
+    for (int i = LO; i < HI; ++i) a[i] = rows[i] + offset;
 #pragma GCC unroll 2
-    for (int e = 0; e < steps; ++e) {
+    for (int e = begin; e < end; ++e) {
       typename V::Reg w[NV];
       for (int j = 0; j < NV; ++j) w[j] = V::load(b + j * V::kLanes);
-      for (int i = 0; i < MR; ++i) {
+      for (int i = LO; i < HI; ++i) {
         const typename V::Reg v = V::broadcast(a[i] + e);
         for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
       }
       b += NV * V::kLanes;
     }
+  }
+  template <int NV>
+  static inline __attribute__((always_inline)) void store_row(uint16_t* y, const typename V::Reg (&v)[NV]) {
+    for (int j = 0; j < NV; ++j) V::store_bf16(y + j * V::kLanes, v[j]);
   }
 };
 
@@ -66,7 +72,31 @@ struct Rows {
   const A* zeros = nullptr;
   Ahead* ahead = nullptr;
   int64_t gap = 0;  // bytes between the weights of one run and those of the next
+  // The first pixel of a line lies outside the input before step `from` of a run, the last one from step
+  // `to`.
+  int from = 0, to = INT32_MAX;
 };
+
+// Finishes `count` pixels whose panel is not full, from sums in memory.
+template <class V>
+void finish_part(const float* sums, int64_t ld, int count, const Tail& tail) {
+  for (int i = 0; i < count; ++i, sums += ld)
+    for (int j = 0; j < tail.valid; j += V::kLanes) {
+      const int left = tail.valid - j, n = left < V::kLanes ? left : V::kLanes;
+      typename V::Reg v = V::fma(V::load(sums + j), V::load(tail.scale + j), V::load(tail.bias + j));
+      const int64_t at = i * tail.row_bytes + j * (tail.bf16 ? 2 : 4);
+      if (tail.residual) {
+        const char* r = tail.residual + at;
+        v = V::add(v, tail.bf16 ? V::load_bf16_part(reinterpret_cast<const uint16_t*>(r), n)
+                                : V::load_part(reinterpret_cast<const float*>(r), n));
+      }
+      if (tail.relu) v = V::relu(v);
+      if (tail.bf16)
+        V::store_bf16_part(reinterpret_cast<uint16_t*>(tail.y + at), v, n);
+      else
+        V::store_part(reinterpret_cast<float*>(tail.y + at), v, n);
+    }
+}
 
 // rows * weights for MR pixels and NV vectors of output channels, added to the partial sums in `sums` unless
 // this is the `first` chunk; `tail` finishes the tile instead of writing partial sums back.
@@ -74,62 +104,101 @@ template <class V, class Math, int MR, int NV>
 void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, int64_t ld, bool first,
           const Tail* tail) {
   typename V::Reg acc[MR][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
     for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
+  if (tail) {
+    // lines that the stores will want
+    const int64_t width = tail->valid * (Math::kStep == 2 || tail->bf16 ? 2 : 4);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+      for (int64_t o = 0; o < width; o += 64) {
+        __builtin_prefetch(tail->y + i * tail->row_bytes + o, 1, 3);
+        if (tail->residual) __builtin_prefetch(tail->residual + i * tail->row_bytes + o, 0, 3);
+      }
+  }
   bool any = false;
-  for (int run = 0; run < rows.runs; ++run) {
+  const typename Math::A* const* at = rows.at;
+  const int64_t next_run = rows.gap + static_cast<int64_t>(rows.steps) * NV * V::kLanes * 4;
+  for (int run = 0; run < rows.runs; ++run, at += rows.next, weights += next_run) {
     if (rows.ahead) rows.ahead->step();
-    const typename Math::A* const* at = rows.at + run * rows.next;
     bool live = false;
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) live |= at[i] != rows.zeros;
     if (!live) continue;
     any = true;
-    Math::template run<MR, NV>(
-        acc, at, rows.offset,
-        weights + run * (rows.gap + static_cast<int64_t>(rows.steps) * NV * V::kLanes * 4), rows.steps);
+    int from = rows.from, to = rows.to < rows.steps ? rows.to : rows.steps;
+    if constexpr (MR > 1) {
+      // products with padding at the ends of a line are left out
+      if (at[0] == rows.zeros)
+        from = to = rows.steps;
+      else if (at[MR - 1] == rows.zeros)
+        from = to = 0;
+      if (from > 0) Math::template run<1, MR>(acc, at, rows.offset, weights, 0, from);
+    }
+    Math::template run<0, MR>(acc, at, rows.offset, weights, from, to);
+    if constexpr (MR > 1)
+      if (to < rows.steps) Math::template run<0, MR - 1>(acc, at, rows.offset, weights, to, rows.steps);
   }
   if (!any && !first && !tail) return;
   // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
   if (!first)
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) acc[i][j] = V::add(V::load(sums + i * ld + j * V::kLanes), acc[i][j]);
-  if (!tail) {
+  const bool part = tail && tail->valid < NV * V::kLanes;
+  if (!tail || part) {
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) V::store(sums + i * ld + j * V::kLanes, acc[i][j]);
+    if (part) finish_part<V>(sums, ld, MR, *tail);
     return;
   }
-  typename V::Reg bias[NV], scale[NV];
+#pragma GCC unroll 16
   for (int j = 0; j < NV; ++j) {
-    bias[j] = V::load(tail->bias + j * V::kLanes);
-    scale[j] = V::load(tail->scale + j * V::kLanes);
+    const typename V::Reg scale = V::load(tail->scale + j * V::kLanes),
+                          bias = V::load(tail->bias + j * V::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) acc[i][j] = V::fma(acc[i][j], scale, bias);
   }
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NV; ++j) {
-      const int n = tail->valid - j * V::kLanes;  // lanes of this vector that exist
-      if (n <= 0) continue;
-      typename V::Reg v = V::fma(acc[i][j], scale[j], bias[j]);
-      const int64_t at = i * tail->row_bytes;
-      if (tail->bf16) {
-        const int64_t o = at + j * V::kLanes * 2;
-        if (tail->residual) {
-          const uint16_t* r = reinterpret_cast<const uint16_t*>(tail->residual + o);
-          v = V::add(v, n >= V::kLanes ? V::load_bf16(r) : V::load_bf16_part(r, n));
-        }
-        if (tail->relu) v = V::relu(v);
-        uint16_t* y = reinterpret_cast<uint16_t*>(tail->y + o);
-        n >= V::kLanes ? V::store_bf16(y, v) : V::store_bf16_part(y, v, n);
-      } else {
-        const int64_t o = at + j * V::kLanes * 4;
-        if (tail->residual) {
-          const float* r = reinterpret_cast<const float*>(tail->residual + o);
-          v = V::add(v, n >= V::kLanes ? V::load(r) : V::load_part(r, n));
-        }
-        if (tail->relu) v = V::relu(v);
-        float* y = reinterpret_cast<float*>(tail->y + o);
-        n >= V::kLanes ? V::store(y, v) : V::store_part(y, v, n);
-      }
-    }
+  const bool bf16 = Math::kStep == 2 || tail->bf16;
+  if (tail->residual) {
+    if (bf16)
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j)
+          acc[i][j] =
+              V::add(acc[i][j],
+                     V::load_bf16(reinterpret_cast<const uint16_t*>(tail->residual + i * tail->row_bytes) +
+                                  j * V::kLanes));
+    else
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j)
+          acc[i][j] = V::add(
+              acc[i][j],
+              V::load(reinterpret_cast<const float*>(tail->residual + i * tail->row_bytes) + j * V::kLanes));
   }
+  if (tail->relu)
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) acc[i][j] = V::relu(acc[i][j]);
+  if (bf16)
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+      Math::template store_row<NV>(reinterpret_cast<uint16_t*>(tail->y + i * tail->row_bytes), acc[i]);
+  else
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j)
+        V::store(reinterpret_cast<float*>(tail->y + i * tail->row_bytes) + j * V::kLanes, acc[i][j]);
 }
 
 template <class A>
@@ -240,17 +309,46 @@ struct Direct {
     return kSameType && g.dilation.w == 1 && chunk.len % Math::kStep == 0;
   }
 
-  // One run of one pixel: in place when it lies inside the input, else a copy padded with zeros.
-  const A* run_pointer(A* copy, const A* zeros, const Pixel& p, const Chunk& chunk, int row) const {
+  // The pixels at the ends of a line, whose windows reach into padding: how much of a run they leave out.
+  void cut_ends(Rows<A>& rows, const Chunk& chunk) const {
+    const int64_t c = g.c, end = g.in.w * c, first = chunk.pos - g.padding.w * c,
+                  last = first + (g.out.w - 1) * g.stride.w * c;
+    // each lies outside on one side only, and not entirely
+    const bool left = first < 0 && first + chunk.len > 0 && first + chunk.len <= end;
+    const bool right = last >= 0 && last < end && last + chunk.len > end;
+    if (left && -first % Math::kStep == 0) rows.from = static_cast<int>(-first / Math::kStep);
+    if (right && (end - last) % Math::kStep == 0) {
+      const int to = static_cast<int>((end - last) / Math::kStep);
+      if (to >= rows.from) rows.to = to;
+    }
+  }
+
+  // One run of the pixels of a line: in place where it lies inside the input or `rows` leaves out what does
+  // not, else a copy padded with zeros.
+  void run_pointers(const A** at, A* copies, const A* zeros, const Pixel* pixels, int count,
+                    const Chunk& chunk, int row, const Rows<A>& rows) const {
+    const Pixel& p = pixels[0];
     const int64_t id = p.d + chunk.t * g.dilation.d, ih = p.h + (chunk.r + row) * g.dilation.h;
-    if (id < 0 || id >= g.in.d || ih < 0 || ih >= g.in.h) return zeros;
-    const int64_t from = p.w * g.c + chunk.pos, end = g.in.w * g.c;
-    if (from + chunk.len <= 0 || from >= end) return zeros;
-    if (from >= 0 && from + chunk.len <= end)
-      return reinterpret_cast<const A*>(static_cast<const T*>(args.x) + p.sample + (id * g.in.h + ih) * end +
-                                        from);
-    gather(copy, p, {chunk.t, chunk.r + row, 1, chunk.pos, chunk.len, 0, chunk.len / Math::kStep});
-    return copy;
+    if (id < 0 || id >= g.in.d || ih < 0 || ih >= g.in.h) {
+      for (int i = 0; i < count; ++i) at[i] = zeros;
+      return;
+    }
+    const int64_t end = g.in.w * g.c, step = g.stride.w * g.c, last = g.out.w * g.stride.w - g.stride.w;
+    const T* line = static_cast<const T*>(args.x) + p.sample + (id * g.in.h + ih) * end;
+    int64_t from = p.w * g.c + chunk.pos;
+    for (int i = 0; i < count; ++i, from += step) {
+      const bool before = from<0, after = from + chunk.len> end;
+      if ((!before || (rows.from > 0 && pixels[i].w == -g.padding.w)) &&
+          (!after || (rows.to < rows.steps && pixels[i].w == last - g.padding.w))) {
+        at[i] = reinterpret_cast<const A*>(line + from);
+      } else if (from + chunk.len <= 0 || from >= end) {
+        at[i] = zeros;
+      } else {
+        gather(copies + i * lda, pixels[i],
+               {chunk.t, chunk.r + row, 1, chunk.pos, chunk.len, 0, chunk.len / Math::kStep});
+        at[i] = copies + i * lda;
+      }
+    }
   }
 
   // No tile goes beyond a line of `line` pixels: they see the same taps.
@@ -259,10 +357,13 @@ struct Direct {
              Tail* tail) const {
     constexpr int kMax = V::max_rows(NV);
     static constexpr Tiles<V, Math, NV, kMax> tiles{};
+    const int from = rows.from, to = rows.to;
     for (int i = 0; i < count;) {
       const int in_line = line - i % line, left = count - i < in_line ? count - i : in_line;
       // an even split of the last rows: two tiles of 4 keep the multipliers busier than 6 + 2
       const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
+      rows.from = i % line == 0 ? from : 0;
+      rows.to = mr == in_line ? to : rows.steps;
       tiles.fn[mr](rows, weights, sums + i * ld, ld, first, tail);
       rows.at += mr;
       if (tail) {
@@ -351,6 +452,7 @@ struct Direct {
     fill_zero(zeros, lda);
 
     place_pixels(pixels, m0, count);
+    const int line = by_line() ? static_cast<int>(g.out.w) : count;
 
     int live = 0;  // chunks that touch the input anywhere in this block; the others would only add zeros
     for (int ci = 0; ci < chunk_count; ++ci)
@@ -361,6 +463,7 @@ struct Direct {
         }
 
     const Chunk none{0, 0, 0, 0, 0, 0, 0};
+    const bool streams = 4 * steps * (k1 - k0) > 512 * 1024;
     for (int a = 0; a < (live ? live : 1); ++a) {
       const Chunk& chunk = live ? chunks[active[a]] : none;
       Rows<A> rows{at, count, 1, chunk.steps, 0, zeros};
@@ -369,10 +472,15 @@ struct Direct {
       } else if (reads_in_place(chunk)) {
         rows.runs = chunk.rows;
         rows.steps = chunk.len / Math::kStep;
+        if (by_line()) cut_ends(rows, chunk);
         for (int row = 0; row < chunk.rows; ++row)
-          for (int i = 0; i < count; ++i)
-            at[row * count + i] =
-                run_pointer(gathered + i * lda + row * chunk.len, zeros, pixels[i], chunk, row);
+          for (int i = 0; i < count;) {
+            const int64_t in_line = g.out.w - (m0 + i) % g.out.w;
+            const int n = count - i < in_line ? count - i : static_cast<int>(in_line);
+            run_pointers(at + row * count + i, gathered + i * lda + row * chunk.len, zeros, pixels + i, n,
+                         chunk, row, rows);
+            i += n;
+          }
       } else {
         for (int i = 0; i < count; ++i) {
           gather(gathered + i * lda, pixels[i], chunk);
@@ -380,18 +488,45 @@ struct Direct {
         }
       }
       const bool last = a + 1 >= live;
-      for (int64_t k = k0; k < k1; k += kPanelVectors * V::kLanes) {
-        const int64_t left = g.k - k, lanes = V::kLanes;
-        const int vectors =
-            static_cast<int>(left >= kPanelVectors * lanes ? kPanelVectors : (left + lanes - 1) / lanes);
+      constexpr int64_t lanes = V::kLanes, width = kPanelVectors * lanes;
+      for (int64_t k = k0; k < k1; k += width) {
+        const int64_t left = g.k - k;
+        const int vectors = static_cast<int>(left >= width ? kPanelVectors : (left + lanes - 1) / lanes);
         const char* weights = payload + 4 * ((k - first_k) * steps + chunk.packed * vectors * lanes);
+        Ahead ahead{};
+        if (k + width < k1 || !last) {
+          // the weights that come next, where L2 cannot hold all of them
+          const int64_t next_k = k + width < k1 ? k + width : k0;
+          const Chunk& next = k + width < k1 ? chunk : chunks[active[a + 1]];
+          const int64_t next_width =
+              g.k - next_k < width ? (g.k - next_k + lanes - 1) / lanes * lanes : width;
+          ahead = {payload + 4 * ((next_k - first_k) * steps + next.packed * next_width),
+                   0,
+                   0,
+                   4 * next.steps * next_width,
+                   1,
+                   1,
+                   0,
+                   0,
+                   0};
+          const int64_t stops = rows.runs * ((count + 5) / 6);
+          ahead.lines = static_cast<int>((ahead.bytes / 64 + stops) / stops);
+          rows.ahead = streams ? &ahead : nullptr;
+        } else {
+          rows.ahead = nullptr;
+        }
         Epilogue epilogue;
         Tail tail{};
         if (last) tail = epilogue.of(*this, m0, k, vectors);
-        panel_of(vectors, rows, count, count, weights, sums + (k - k0), padded, a == 0,
+        panel_of(vectors, rows, count, line, weights, sums + (k - k0), padded, a == 0,
                  last ? &tail : nullptr);
       }
     }
+  }
+
+  // Whether tiles end with their line of pixels: they can leave out taps that fall on padding.
+  bool by_line() const {
+    return g.out.w >= 3 && g.out.w <= 128 && (g.padding.d > 0 || g.padding.h > 0 || g.padding.w > 0);
   }
 
   // Output channels [ka, kb); ka starts a panel.
@@ -405,7 +540,8 @@ struct Direct {
     int64_t blocks = (m + rows - 1) / rows;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for every thread
     rows = (m + blocks - 1) / blocks;
-    blocks = (m + rows - 1) / rows;
+    const int64_t unit = by_line() ? g.out.w : 1, units = m / unit;  // blocks are whole lines
+    if (blocks > units) blocks = units;
     // Few pixels, many weights: share out the panels instead, so that every thread reads its own weights
     // only.
     int64_t splits = 1;
@@ -415,8 +551,12 @@ struct Direct {
     splits = (panels + per_split - 1) / per_split;
     parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t split = task / blocks, m0 = task % blocks * rows;
-        const int64_t count = m - m0 < rows ? m - m0 : rows;
+        // Threads take ranges of tasks, and the first planes may cost less than others: neighbours go to
+        // different threads.
+        const int64_t split = task / blocks, turn = task % blocks,
+                      b = blocks % threads ? turn
+                                           : turn % (blocks / threads) * threads + turn / (blocks / threads);
+        const int64_t m0 = b * units / blocks * unit, count = (b + 1) * units / blocks * unit - m0;
         const int64_t k0 = ka + split * per_split * panel_width;
         const int64_t k1 = k0 + per_split * panel_width < kb ? k0 + per_split * panel_width : kb;
         block(m0, static_cast<int>(count), k0, k1);
@@ -546,7 +686,7 @@ struct Direct {
           weights.turn_panel(k, c0, c1, planes[l] * plane, (planes[l] + 1) * plane,
                              turned + l * plane * next_tap, next_tap, width);
       Ahead ahead{};
-      if (c1 < g.c) {
+      if (c1 < g.c && taps > 1) {  // with one tap, there is less to compute than to ask for
         const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
         ahead = weights.ahead(k, width, c1, next, planes[0] * plane, (planes[live - 1] + 1) * plane);
         const int64_t lines = ahead.rows * ahead.segments * ((ahead.bytes + 126) / 64);

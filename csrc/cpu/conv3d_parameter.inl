@@ -11,7 +11,7 @@ struct Ahead {
   int64_t pos;
   int current;
 
-  void step() {
+  inline __attribute__((always_inline)) void step() {
     for (int left = lines; left > 0 && rows > 0;) {
       const char* p = at + current * segment;
       int64_t i = pos;
@@ -35,6 +35,9 @@ struct Parameter {
   const T* at;         // [K, C, taps], or [K, taps, C] when channels_last
   int64_t k, c, taps;  // output channels, input channels, T*R*S
   bool channels_last;
+
+  // The weights of a row follow one another: those so many further are asked for while others are turned.
+  static constexpr int64_t kSoon = 512 / sizeof(T);
 
   // Where columns go: `step` floats apart, and `jump` from one run of `wrap` columns to the next.
   struct Place {
@@ -85,6 +88,9 @@ struct Parameter {
                 [&](int i, int64_t e, int n) { return Math::words(p + i * row + e * kStep, n); });
       }
     } else if constexpr (kStep == 2) {
+      if (rows == kLanes &&
+          Math::turn_pairs(from + c0 * taps, row, c1 - c0, taps, t0, t1, out, width, tap_stride))
+        return;
       for (int64_t ci = c0; ci < c1; ci += 2) {
         const T* p = from + ci * taps + t0;
         columns(
@@ -93,8 +99,10 @@ struct Parameter {
       }
     } else if (t1 - t0 == taps) {
       const T* p = from + c0 * taps;
-      columns(rows, (c1 - c0) * taps, Place{out, tap_stride, taps, width},
-              [&](int i, int64_t e, int n) { return Math::words(p + i * row + e, n); });
+      columns(rows, (c1 - c0) * taps, Place{out, tap_stride, taps, width}, [&](int i, int64_t e, int n) {
+        __builtin_prefetch(p + i * row + e + kSoon, 0, 2);
+        return Math::words(p + i * row + e, n);
+      });
     } else {
       for (int64_t ci = c0; ci < c1; ++ci) {
         const T* p = from + ci * taps + t0;

@@ -94,4 +94,29 @@ struct V {
     }
     for (int i = 0; i < 16; ++i) r[i] = t[i];
   }
+
+  // Four floats of each of four rows that lie `row` floats apart, lane by lane.
+  static inline __attribute__((always_inline)) Reg four_rows(const float* p, int64_t row) {
+    Reg t = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    t = _mm512_insertf32x4(t, _mm_loadu_ps(p + 4 * row), 1);
+    t = _mm512_insertf32x4(t, _mm_loadu_ps(p + 8 * row), 2);
+    return _mm512_insertf32x4(t, _mm_loadu_ps(p + 12 * row), 3);
+  }
+  // transposes 4x4 blocks of the lanes
+  static inline __attribute__((always_inline)) void transpose_lanes(Reg* r) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])),
+                  b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1])),
+                  c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])),
+                  d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  // Columns 0 .. 3 of 16 rows that lie `row` floats apart, with half of the shuffles of a whole transpose.
+  static inline __attribute__((always_inline)) void four_columns(const float* p, int64_t row, Reg* r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) r[i] = four_rows(p + i * row, row);
+    transpose_lanes(r);
+  }
 };
