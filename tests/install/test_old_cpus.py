@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -82,10 +83,9 @@ def objects(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("old_cpus")
     sources = sorted(CPU.glob("*.cpp"))
     newest_first = [p for p in sources if "512" in p.stem or "amx" in p.stem]
-    return [
-        compiled(p, folder / f"{p.stem}.o")
-        for p in newest_first + [p for p in sources if p not in newest_first]
-    ]
+    order = newest_first + [p for p in sources if p not in newest_first]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda p: compiled(p, folder / f"{p.stem}.o"), order))
 
 
 @pytest.fixture(scope="module")

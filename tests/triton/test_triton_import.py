@@ -27,8 +27,9 @@ def test_importing_the_package_imports_no_kernel() -> None:
 
 def test_without_triton_everything_else_works() -> None:
     code = """
-import sys
+import os, sys
 sys.modules["triton"] = None  # an import of it fails
+os.environ["TRITON_INTERPRET"] = "1"  # or the backend would not even ask for it on a CPU
 import torch, r3d_kernels as r3d
 layer = r3d.ConvBNAct3d(4, 4, 3, padding=1).eval()
 with torch.inference_mode(), r3d.backend("triton"):
@@ -38,6 +39,26 @@ print(r3d.explain(layer)[-1].kernel, "|", r3d.explain(layer)[-1].reason)
     kernel, _, reason = python(code).partition(" | ")
     assert kernel == "stock"
     assert "Triton cannot be imported" in reason
+
+
+def test_a_network_on_a_cpu_does_not_import_triton() -> None:
+    """It takes 70 MiB and a fifth of a second."""
+    code = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+before = "triton" in sys.modules
+import r3d_kernels as r3d
+model = r3d.ResNet3D(3, depth=10, widen_factor=0.25, fused=True).eval()
+with torch.inference_mode():
+    model(torch.randn(1, 3, 4, 24, 24))
+print(before or "triton" not in sys.modules)
+from torch.utils.flop_counter import FlopCounterMode
+with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    model(torch.randn(1, 3, 4, 24, 24))
+print(counter.get_total_flops() > 0)
+"""
+    assert python(code).split() == ["True", "True"]
 
 
 def test_an_old_triton_is_refused() -> None:
