@@ -167,10 +167,14 @@ template <int MR, int NV, bool kStream>
 static void product(const float* v, int64_t ldv, int64_t next, const float* u, float* m, int tile, int count,
                     int steps, bool first) {
   constexpr int kAhead = 8192 / 4;
+  // Whatever touches the sums is unrolled: an index that is not a constant would put them into memory.
   V::Reg acc[MR][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
   const float* rows[MR];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     rows[i] = v + tile * ldv;
     if (++tile == count) {
@@ -180,25 +184,32 @@ static void product(const float* v, int64_t ldv, int64_t next, const float* u, f
   }
   auto step = [&](int e) __attribute__((always_inline)) {
     V::Reg w[NV];
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       if (kStream && j * V::kLanes % 16 == 0) __builtin_prefetch(u + kAhead + j * V::kLanes, 0, 0);
       w[j] = V::load(u + j * V::kLanes);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const V::Reg a = V::broadcast(rows[i] + e);
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(a, w[j], acc[i][j]);
     }
     u += NV * V::kLanes;
   };
   for (; steps >= V::kLanes; steps -= V::kLanes) {
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
       __builtin_prefetch(rows[i] + V::kLanes, 0, kStream ? 3 : 2);  // the next point's
 #pragma GCC unroll 2
     for (int e = 0; e < V::kLanes; ++e) step(e);
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) rows[i] += next;
   }
   for (int e = 0; e < steps; ++e) step(e);
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       float* to = m + (i * NV + j) * V::kLanes;
       V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
@@ -370,10 +381,11 @@ struct Winograd {
   // ---- input
 
   // One vector of channels of one tile. pixels: each pixel of a tile at the border, null where all are `from`
-  // + steps
+  // + steps. The next tile is fetched meanwhile, `ahead` of this one: its lines asked for at once would wait
+  // for one another.
   template <bool kInside>
   inline __attribute__((always_inline)) void input_vector(const T* from, const T* const* pixels, int64_t c,
-                                                          int lanes, float* to) const {
+                                                          int lanes, float* to, int64_t ahead) const {
     alignas(64) float buffer[AY::a][AP::a][AX::a][V::kLanes];
     const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
     from += c;
@@ -391,6 +403,7 @@ struct Winograd {
 #pragma GCC unroll 6
         for (int t = 0; t < AP::a; ++t) {
           slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::a + t] + c, lanes);
+          __builtin_prefetch(at[t] + ahead, 0, 2);
           at[t] += column;
         }
         input_axis(AP(), slices, planes);
@@ -427,35 +440,30 @@ struct Winograd {
   }
 
   template <bool kInside>
-  void input_vectors(const T* from, const T* const* pixels, float* to) const {
+  void input_vectors(const T* from, const T* const* pixels, float* to, int64_t ahead) const {
     int64_t c = 0;
     for (; c + V::kLanes <= g.c; c += V::kLanes, to += kPoints * V::kLanes)
-      input_vector<kInside>(from, pixels, c, V::kLanes, to);
-    if (c < g.c) input_vector<kInside>(from, pixels, c, static_cast<int>(g.c - c), to);
+      input_vector<kInside>(from, pixels, c, V::kLanes, to, ahead);
+    if (c < g.c) input_vector<kInside>(from, pixels, c, static_cast<int>(g.c - c), to, ahead);
   }
 
-  // All channels of one tile; the `next` is fetched meanwhile.
+  // All channels of one tile
   void input_tile(const Place& at, const Place& next, const T* zeros, float* to) const {
     const T* from = static_cast<const T*>(args.conv.x) + at.in;
-    const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
-    if (next.inside) {
-      const T* ahead = static_cast<const T*>(args.conv.x) + next.in;
-      for (int i = 0; i < AP::a; ++i)
-        for (int j = 0; j < AY::a; ++j)
-          for (int k = AX::a > 1 ? AX::a - AX::m : 0; k < AX::a; ++k)
-            for (int64_t c = 0; c < g.c; c += 64 / static_cast<int64_t>(sizeof(T)))
-              __builtin_prefetch(ahead + i * slice + j * row + k * column + c, 0, 2);
-    }
-    if (at.inside) return input_vectors<true>(from, nullptr, to);
+    const int64_t ahead = next.in - at.in;
+    if (at.inside) return input_vectors<true>(from, nullptr, to, ahead);
     const T* pixels[AY::a * AX::a * AP::a];
     for (int j = 0; j < AY::a; ++j)
-      for (int k = 0; k < AX::a; ++k)
-        for (int i = 0; i < AP::a; ++i) {
-          const int64_t ip = at.p + i, iy = at.y + j, ix = at.x + k;
-          const bool ok = ip >= 0 && ip < p.in && iy >= 0 && iy < y.in && ix >= 0 && ix < x.in;
-          pixels[(j * AX::a + k) * AP::a + i] = ok ? from + i * slice + j * row + k * column : zeros;
+      for (int k = 0; k < AX::a; ++k) {
+        const int64_t iy = at.y + j, ix = at.x + k;
+        const bool ok = iy >= 0 && iy < y.in && ix >= 0 && ix < x.in;
+        const T* pixel = from + j * y.in_step + k * x.in_step;
+        for (int i = 0; i < AP::a; ++i, pixel += p.in_step) {
+          const int64_t ip = at.p + i;
+          pixels[(j * AX::a + k) * AP::a + i] = ok & (ip >= 0) & (ip < p.in) ? pixel : zeros;
         }
-    input_vectors<false>(from, pixels, to);
+      }
+    input_vectors<false>(from, pixels, to, ahead);
   }
 
   // ---- stride 2: V of a plane is made when its products are due, so that blocks of more tiles fit L2
@@ -535,11 +543,11 @@ struct Winograd {
   }
 
   // One vector of output channels of one tile and plane. from: [point][tile][k], `stride` floats from one
-  // point to the next
+  // point to the next. The next tile's outputs and residuals are fetched meanwhile, `ahead` of this one's.
   template <int kGroup>
   inline __attribute__((always_inline)) void plane_output(const Place& at, const float* from, int64_t stride,
-                                                          int64_t k, int lanes, float* sums,
-                                                          int64_t ld) const {
+                                                          int64_t k, int lanes, float* sums, int64_t ld,
+                                                          int64_t ahead) const {
     constexpr int t = plane_of(kGroup);
     alignas(64) float buffer[AY::m][AX::a][V::kLanes];
     for (int z = 0; z < AX::a; ++z) {
@@ -584,8 +592,11 @@ struct Winograd {
           } else if (i < slices && j < rows && z < columns) {
             V::Reg value = V::fma(s, scale, bias);
             const int64_t o = to + i * p.out_step + z * x.out_step;
-            if (args.conv.residual)
+            __builtin_prefetch(static_cast<T*>(args.conv.y) + o + ahead, 1, 2);
+            if (args.conv.residual) {
+              __builtin_prefetch(static_cast<const T*>(args.conv.residual) + o + ahead, 0, 2);
               value = V::add(value, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
+            }
             if (args.conv.activation == Activation::kRelu) value = V::relu(value);
             store_lanes(static_cast<T*>(args.conv.y) + o, value, lanes);
           }
@@ -681,8 +692,8 @@ struct Winograd {
   // [slice][output][k]
   template <int kGroup>
   inline __attribute__((always_inline)) void output_vector(const Place& at, const float* from, int64_t stride,
-                                                           int64_t k, int lanes, float* sums,
-                                                           int64_t ld) const {
+                                                           int64_t k, int lanes, float* sums, int64_t ld,
+                                                           int64_t ahead) const {
     constexpr int kPlanes = group_planes(kGroup), kFirst = first_done(kGroup), kEnd = end_done(kGroup);
     alignas(64) float buffer[kPlanes][AY::m][AX::a][V::kLanes];
     for (int t = 0; t < kPlanes; ++t)
@@ -730,8 +741,11 @@ struct Winograd {
           } else if (i < slices && j < rows && z < columns) {
             V::Reg value = V::fma(s[i], scale, bias);
             const int64_t o = to + i * p.out_step + z * x.out_step;
-            if (args.conv.residual)
+            __builtin_prefetch(static_cast<T*>(args.conv.y) + o + ahead, 1, 2);
+            if (args.conv.residual) {
+              __builtin_prefetch(static_cast<const T*>(args.conv.residual) + o + ahead, 0, 2);
               value = V::add(value, load_lanes(static_cast<const T*>(args.conv.residual) + o, lanes));
+            }
             if (args.conv.activation == Activation::kRelu) value = V::relu(value);
             store_lanes(static_cast<T*>(args.conv.y) + o, value, lanes);
           }
@@ -769,14 +783,15 @@ struct Winograd {
   static int64_t point_floats(int64_t tiles, int64_t width) {
     return kStrided ? tiles * width : odd_lines(tiles * width);
   }
+  // places: one more than there are tiles
   void inputs(float* v, const Place* places, int64_t begin, int64_t end, const T* zeros) const {
     for (int64_t i = begin; i < end; ++i)
       if constexpr (kStrided)
         for (int t = 0; t < AP::a; ++t)
-          plane_tile(t, places[i], places[i + 1 < end ? i + 1 : i], zeros,
-                     v + i * tile_floats() + t * kPlane * V::kLanes, kPoints * V::kLanes);
+          plane_tile(t, places[i], places[i + 1], zeros, v + i * tile_floats() + t * kPlane * V::kLanes,
+                     kPoints * V::kLanes);
       else
-        input_tile(places[i], places[i + 1 < end ? i + 1 : i], zeros, v + i * tile_floats());
+        input_tile(places[i], places[i + 1], zeros, v + i * tile_floats());
   }
 
   // Zeros for the pixels outside, and the places of `count` tiles, in one slot of scratch memory behind
@@ -788,25 +803,13 @@ struct Winograd {
   };
   Around around(int slot, int64_t bytes, int64_t first, int64_t count) const {
     const int64_t zero_bytes = ceil_div(g.c, V::kLanes) * V::kLanes * 4;
-    char* data =
-        static_cast<char*>(scratch(slot, bytes + zero_bytes + count * static_cast<int64_t>(sizeof(Place))));
+    char* data = static_cast<char*>(
+        scratch(slot, bytes + zero_bytes + (count + 1) * static_cast<int64_t>(sizeof(Place))));
     __builtin_memset(data + bytes, 0, static_cast<std::size_t>(zero_bytes));
     const Around a{data, reinterpret_cast<T*>(data + bytes),
                    reinterpret_cast<Place*>(data + bytes + zero_bytes)};
-    for (int64_t i = 0; i < count; ++i) a.places[i] = place(first + i);
+    for (int64_t i = 0; i <= count; ++i) a.places[i] = place(least(first + i, tiles() - 1));
     return a;
-  }
-
-  // The outputs that a group of planes completes, `width` channels of one tile, are about to be written.
-  void fetch_outputs(int group, int64_t from, int64_t width) const {
-    for (int i = first_done(group); i < end_done(group); ++i)
-      for (int j = 0; j < AY::m; ++j)
-        for (int z = 0; z < AX::m; ++z)
-          for (int64_t k = 0; k < width; k += 64 / static_cast<int64_t>(sizeof(T))) {
-            const int64_t at = from + i * p.out_step + j * y.out_step + z * x.out_step + k;
-            __builtin_prefetch(static_cast<T*>(args.conv.y) + at, 1, 3);
-            if (args.conv.residual) __builtin_prefetch(static_cast<const T*>(args.conv.residual) + at, 0, 3);
-          }
   }
 
   // M of one group of planes and one panel to the outputs of all tiles. sums: [tile][slice][output][k - k0]
@@ -814,16 +817,16 @@ struct Winograd {
   void group_outputs(const float* m, int64_t stride_m, const Place* places, int64_t count, int64_t k,
                      int vectors, float* sums, int64_t k0, int64_t ld) const {
     for (int64_t i = 0; i < count; ++i) {
-      if (i + 1 < count) fetch_outputs(kGroup, places[i + 1].out + k, vectors * V::kLanes);
+      const int64_t ahead = i + 1 < count ? places[i + 1].out - places[i].out : 0;
       for (int j = 0; j < vectors; ++j) {
         const int64_t at = k + j * V::kLanes;
         const float* from = m + (i * vectors + j) * V::kLanes;
         const int lanes = static_cast<int>(least(g.k - at, V::kLanes));
         float* sum = sums + (AP::m > 1 ? i * AP::m * kOutputs * ld + at - k0 : 0);
         if constexpr (kStrided)
-          plane_output<kGroup>(places[i], from, stride_m, at, lanes, sum, ld);
+          plane_output<kGroup>(places[i], from, stride_m, at, lanes, sum, ld, ahead);
         else
-          output_vector<kGroup>(places[i], from, stride_m, at, lanes, sum, ld);
+          output_vector<kGroup>(places[i], from, stride_m, at, lanes, sum, ld, ahead);
       }
     }
   }
@@ -858,8 +861,8 @@ struct Winograd {
       const int first = group_plane(group);
       if constexpr (kStrided)
         for (int64_t i = 0; i < count; ++i)
-          plane_tile(first, a.places[i], a.places[i + 1 < count ? i + 1 : i], a.zeros,
-                     v + i * tile_floats(kPlane), kPlane * V::kLanes);
+          plane_tile(first, a.places[i], a.places[i + 1], a.zeros, v + i * tile_floats(kPlane),
+                     kPlane * V::kLanes);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t k = group_k + panel * width;
         const int vectors = panel_vectors(k, most);
