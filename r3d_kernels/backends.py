@@ -263,9 +263,6 @@ class WinogradCpu(DirectCpu):
         self.tile = tile
         self.stride = stride
         self.name = f"winograd F({','.join(map(str, tile))})" + (f" s{stride}" if stride > 1 else "")
-        # A tile's inputs along an axis. Of those that a stride skips, all meet one tap: they share a filter.
-        self.points = math.prod(_tile_inputs(m) if stride == 1 else stride * m + 1 for m in tile)
-        self.filters = math.prod(map(_tile_inputs, tile))
 
     def can_run(self, request: Request) -> str | None:
         why_not = super().can_run(request)
@@ -276,8 +273,11 @@ class WinogradCpu(DirectCpu):
             return f"the tile is not for kernel {p.kernel}"
         if p.stride != (self.stride,) * 3 or p.dilation != (1, 1, 1):
             return f"needs stride {self.stride} and dilation 1"
-        if 4 in self.tile and fp32_mode() == "strict" and request.dtype == torch.float32:
-            return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
+        if fp32_mode() == "strict" and request.dtype == torch.float32:
+            if 4 in self.tile:
+                return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
+            if self._edge(p):
+                return "two planes in three products are outside R3D_KERNELS_FP32=strict"
         return None
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
@@ -288,8 +288,21 @@ class WinogradCpu(DirectCpu):
 
     def work(self, request: Request) -> Work:
         p = request.problem
-        macs = self._tiles(p) * self.points * p.c * p.k
-        return Work(macs, p.bytes(request.dtype), torch.float32)
+        return Work(self._tiles(p) * self._points(p) * p.c * p.k, p.bytes(request.dtype), torch.float32)
+
+    def _points(self, p: ConvProblem) -> int:
+        """Products of a tile, for each pair of channels."""
+        along = [_tile_inputs(m) if self.stride == 1 else 2 * m + 1 for m in self.tile]
+        return math.prod(along) * 3 // 4 if self._edge(p) else math.prod(along)
+
+    def _filters(self, p: ConvProblem) -> int:
+        """Transformed weights for each pair of channels: all products that a stride skips share one."""
+        filters = math.prod(map(_tile_inputs, self.tile))
+        return filters * 3 // 4 if self._edge(p) else filters
+
+    def _edge(self, p: ConvProblem) -> bool:
+        """Two planes of depth with padding around them take three products instead of four (csrc/cpu/winograd.h)."""
+        return self.tile[0] == 2 and self.stride == 1 and (p.d, p.kernel[0], p.padding[0]) == (2, 3, 1)
 
     def _tiles(self, p: ConvProblem) -> int:
         return p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
@@ -297,9 +310,10 @@ class WinogradCpu(DirectCpu):
     def cycles(self, request: Request) -> float:
         p, lanes = request.problem, _vector_lanes()
         tiles = self._tiles(p)
-        transforms = 10 * self.points * tiles * (p.c + p.k) + 6 * self.filters * p.c * p.k
+        points = self._points(p)
+        transforms = 10 * points * tiles * (p.c + p.k) + 6 * self._filters(p) * p.c * p.k
         weights = math.prod(p.kernel) * p.c * p.k * request.dtype.itemsize / _BYTES_A_CYCLE
-        return tiles * self.points * p.c * p.k / (2 * lanes) + transforms / lanes + weights
+        return tiles * points * p.c * p.k / (2 * lanes) + transforms / lanes + weights
 
 
 class AmxCpu(DirectCpu):

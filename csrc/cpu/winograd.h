@@ -10,27 +10,34 @@
 namespace r3d::cpu {
 
 struct Axis1 {  // kernel 1
-  static constexpr int taps = 1, m = 1, a = 1, stride = 1, own = 1, filters = 1;
+  static constexpr int taps = 1, m = 1, in = 1, a = 1, stride = 1, own = 1, filters = 1;
 };
 
 struct Axis2 {  // F(2, 3), points 0, 1, -1, inf
-  static constexpr int taps = 3, m = 2, a = 4, stride = 1, own = 4, filters = 4;
+  static constexpr int taps = 3, m = 2, in = 4, a = 4, stride = 1, own = 4, filters = 4;
 };
 
 struct Axis4 {  // F(4, 3), points 0, +-p, +-q, inf: pairs share half of their transforms
-  static constexpr int taps = 3, m = 4, a = 6, stride = 1, own = 6, filters = 6;
+  static constexpr int taps = 3, m = 4, in = 6, a = 6, stride = 1, own = 6, filters = 6;
   static constexpr float p = 5.f / 8, q = 3.f / 2;
+};
+
+// A whole axis of two, whose neighbours are padding: y = [g1 g2; g0 g1] d, a Toeplitz matrix, takes three
+// products: y0 = g1 (d0 - d1) + (g1 + g2) d1, y1 = (g0 + g1) d0 - g1 (d0 - d1). The other signs would do too,
+// but behind a ReLU differences are the smaller ones.
+struct Edge2 {
+  static constexpr int taps = 3, m = 2, in = 2, a = 3, stride = 1, own = 3, filters = 3;
 };
 
 // Stride 2: the even inputs meet taps 0 and 2, the odd ones tap 1: F(m, 2) and F(m, 1), a = 2*m + 1 points
 // instead of 3*m products. The m odd points are the inputs themselves, and all have tap 1 for their filter:
 // `own` points have a filter of their own.
 struct Strided2 {  // F(2, 2), points 0, 1, inf
-  static constexpr int taps = 3, m = 2, a = 5, stride = 2, own = 3, filters = 4;
+  static constexpr int taps = 3, m = 2, in = 5, a = 5, stride = 2, own = 3, filters = 4;
 };
 
 struct Strided4 {  // F(4, 2), points +-p, +-q, inf: without 0 the error is less than half
-  static constexpr int taps = 3, m = 4, a = 9, stride = 2, own = 5, filters = 6;
+  static constexpr int taps = 3, m = 4, in = 9, a = 9, stride = 2, own = 5, filters = 6;
   static constexpr float p = 1.f / 2, q = 3.f / 2;
 };
 
@@ -68,6 +75,11 @@ inline const char* winograd_refuses(const WinogradTile& t, const ConvGeometry& g
   if (!winograd_compiled(t, strided(2) ? 2 : 1)) return "the Winograd tile is for another stride";
   if (g.dilation.d != 1 || g.dilation.h != 1 || g.dilation.w != 1) return "Winograd needs dilation 1";
   return nullptr;
+}
+
+// Whether Edge2 takes the place of two outputs along depth.
+constexpr bool winograd_edge(const ConvGeometry& g) {
+  return g.kernel.d == 3 && g.stride.d == 1 && g.in.d == 2 && g.out.d == 2 && g.padding.d == 1;
 }
 
 struct WinogradArgs {

@@ -49,6 +49,11 @@ static inline __attribute__((always_inline)) void filter_axis(Axis4, const V::Re
   u[5] = g[2];
 }
 
+static inline __attribute__((always_inline)) void filter_axis(Edge2, const V::Reg* g, V::Reg* u) {
+  u[0] = g[1];
+  u[1] = V::add(g[1], g[2]);
+  u[2] = V::add(g[0], g[1]);
+}
 static inline __attribute__((always_inline)) void filter_axis(Strided2, const V::Reg* g, V::Reg* u) {
   u[0] = g[0];
   u[1] = V::add(g[0], g[2]);
@@ -88,6 +93,11 @@ static inline __attribute__((always_inline)) void input_axis(Axis4, const V::Reg
   v[5] = V::fma(V::set(pp * qq), d[1], V::fma(V::set(-pp - qq), d[3], d[5]));
 }
 
+static inline __attribute__((always_inline)) void input_axis(Edge2, const V::Reg* d, V::Reg* v) {
+  v[0] = V::sub(d[0], d[1]);
+  v[1] = d[1];
+  v[2] = d[0];
+}
 static inline __attribute__((always_inline)) void input_axis(Strided2, const V::Reg* d, V::Reg* v) {
   v[0] = V::sub(d[0], d[2]);
   v[1] = d[2];
@@ -266,6 +276,7 @@ struct Winograd {
   static constexpr int kPlane = AY::a * AX::a, kPoints = AP::a * kPlane, kOutputs = AY::m * AX::m;
   static constexpr int kPlaneFilters = AY::filters * AX::filters, kFilters = AP::filters * kPlaneFilters;
   static constexpr bool kStrided = AX::stride == 2;
+  static constexpr bool kEdge = AP::in < AP::a;
   static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
   static constexpr int kMost = V::kPanelVectors;
   static constexpr int64_t kPiece = 64;             // channels summed at a time
@@ -293,7 +304,7 @@ struct Winograd {
     at.x = static_cast<int32_t>(tx * AX::stride - x.padding);
     at.in = n * in_sample + at.p * p.in_step + at.y * y.in_step + at.x * x.in_step;
     at.out = n * out_sample + tp * p.out_step + ty * y.out_step + tx * x.out_step;
-    at.inside = at.p >= 0 && at.p + AP::a <= p.in && at.y >= 0 && at.y + AY::a <= y.in && at.x >= 0 &&
+    at.inside = at.p >= 0 && at.p + AP::in <= p.in && at.y >= 0 && at.y + AY::a <= y.in && at.x >= 0 &&
                 at.x + AX::a <= x.in;
     return at;
   }
@@ -390,19 +401,19 @@ struct Winograd {
     const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
     from += c;
     for (int j = 0; j < AY::a; ++j, from += row) {
-      const T* at[AP::a];
+      const T* at[AP::in];
 #pragma GCC unroll 6
-      for (int t = 0; t < AP::a; ++t) at[t] = from + t * slice;
+      for (int t = 0; t < AP::in; ++t) at[t] = from + t * slice;
       // Six planes of six are more than there are registers: they wait in memory for the transform along x.
       constexpr bool kWaits = AP::a * AX::a > 24;
       alignas(64) float line[kWaits ? AP::a : 1][AX::a][V::kLanes];
       V::Reg in[kWaits ? 1 : AP::a][AX::a];
 #pragma GCC unroll 6
       for (int k = 0; k < AX::a; ++k) {
-        V::Reg slices[AP::a], planes[AP::a];
+        V::Reg slices[AP::in], planes[AP::a];
 #pragma GCC unroll 6
-        for (int t = 0; t < AP::a; ++t) {
-          slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::a + t] + c, lanes);
+        for (int t = 0; t < AP::in; ++t) {
+          slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::in + t] + c, lanes);
           __builtin_prefetch(at[t] + ahead, 0, 2);
           at[t] += column;
         }
@@ -452,15 +463,15 @@ struct Winograd {
     const T* from = static_cast<const T*>(args.conv.x) + at.in;
     const int64_t ahead = next.in - at.in;
     if (at.inside) return input_vectors<true>(from, nullptr, to, ahead);
-    const T* pixels[AY::a * AX::a * AP::a];
+    const T* pixels[AY::a * AX::a * AP::in];
     for (int j = 0; j < AY::a; ++j)
       for (int k = 0; k < AX::a; ++k) {
         const int64_t iy = at.y + j, ix = at.x + k;
         const bool ok = iy >= 0 && iy < y.in && ix >= 0 && ix < x.in;
         const T* pixel = from + j * y.in_step + k * x.in_step;
-        for (int i = 0; i < AP::a; ++i, pixel += p.in_step) {
+        for (int i = 0; i < AP::in; ++i, pixel += p.in_step) {
           const int64_t ip = at.p + i;
-          pixels[(j * AX::a + k) * AP::a + i] = ok & (ip >= 0) & (ip < p.in) ? pixel : zeros;
+          pixels[(j * AX::a + k) * AP::in + i] = ok & (ip >= 0) & (ip < p.in) ? pixel : zeros;
         }
       }
     input_vectors<false>(from, pixels, to, ahead);
@@ -629,12 +640,14 @@ struct Winograd {
 
   // Planes are finished in groups: the pairs of points +-p together, because outputs need their sum and
   // difference.
-  static constexpr int kGroups = kStrided ? AP::a : AP::a / 2 + 1;
+  static constexpr int kGroups = kStrided || kEdge ? AP::a : AP::a / 2 + 1;
   static constexpr int group_plane(int group) {
     if constexpr (kStrided) return plane_of(group);
-    return group ? 2 * group - 1 : 0;
+    return kEdge || group == 0 ? group : 2 * group - 1;
   }
-  static constexpr int group_planes(int group) { return !kStrided && group && group < kGroups - 1 ? 2 : 1; }
+  static constexpr int group_planes(int group) {
+    return !kStrided && !kEdge && group && group < kGroups - 1 ? 2 : 1;
+  }
   // Slices of outputs that a group completes.
   static constexpr int first_done(int group) {
     if constexpr (kStrided) {
@@ -642,6 +655,7 @@ struct Winograd {
       while (slice < AP::m && last_group(slice) != group) ++slice;
       return slice;
     }
+    if constexpr (kEdge) return group ? group - 1 : AP::m;
     return AP::m == 1 ? 0 : group == kGroups - 1 ? AP::m - 1 : group == kGroups - 2 ? 0 : AP::m;
   }
   static constexpr int end_done(int group) {
@@ -650,6 +664,7 @@ struct Winograd {
       while (slice < AP::m && last_group(slice) == group) ++slice;
       return slice;
     }
+    if constexpr (kEdge) return group;
     return AP::m == 1 || group == kGroups - 1 ? AP::m : group == kGroups - 2 ? AP::m - 1 : 0;
   }
 
@@ -657,6 +672,11 @@ struct Winograd {
   static inline __attribute__((always_inline)) void add_planes(int group, const V::Reg* v, V::Reg* s) {
     if constexpr (AP::m == 1) {
       s[0] = v[0];
+    } else if constexpr (kEdge) {
+      if (group == 0)
+        s[0] = s[1] = v[0];
+      else
+        s[group - 1] = group == 1 ? V::add(v[0], s[0]) : V::sub(v[0], s[1]);
     } else if constexpr (AP::m == 2) {
       if (group == 0) {
         s[0] = v[0];
@@ -725,7 +745,7 @@ struct Winograd {
 #pragma GCC unroll 2
         for (int t = 0; t < kPlanes; ++t) v[t] = out[t][z];
         float* sum = sums + (j * AX::m + z) * ld;
-        // Group 0 starts the first sum, group 1 the others.
+        // Group 0 starts the first sum, group 1 the others; of an edge, group 0 both.
         constexpr int kLoad = kGroup == 0   ? 0
                               : kGroup == 1 ? 1
                                             : AP::m,
@@ -733,7 +753,7 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int i = kStart; i < kLoad; ++i) s[i] = V::load(sum + i * kOutputs * ld);
         add_planes(kGroup, v, s);
-        constexpr int kStore = kGroup == 0 ? 1 : AP::m;
+        constexpr int kStore = kEdge ? (kGroup == 1 ? 1 : 2) : kGroup == 0 ? 1 : AP::m;
 #pragma GCC unroll 4
         for (int i = kStart; i < kStore; ++i) {
           if (i < kFirst || i >= kEnd) {
@@ -998,7 +1018,8 @@ static void run_winograd(const WinogradArgs& args) {
   };
   const int64_t row_in = g.in.w * g.c, row_out = g.out.w * g.k;
   const int md = kDepth ? AY::m : AP::m, mh = kDepth ? AP::m : AY::m;
-  const WinogradAxis d = axis(g.in.d, g.out.d, g.padding.d, md, g.in.h * row_in, g.out.h * row_out);
+  const int64_t pad_d = AP::in < AP::a ? 0 : g.padding.d;  // an edge's inputs are those that there are
+  const WinogradAxis d = axis(g.in.d, g.out.d, pad_d, md, g.in.h * row_in, g.out.h * row_out);
   const WinogradAxis h = axis(g.in.h, g.out.h, g.padding.h, mh, row_in, row_out);
   const WinogradAxis w = axis(g.in.w, g.out.w, g.padding.w, AX::m, g.c, g.k);
   const Winograd<AP, AY, AX, T> winograd{
@@ -1010,9 +1031,11 @@ template <class T>
 static void winograd_typed(const WinogradArgs& args) {
   switch (args.tile.code()) {
     case 222:
-      return args.conv.g.stride.d == 2 ? run_winograd<Strided2, Strided2, Strided2, T, false>(args)
-                                       : run_winograd<Axis2, Axis2, Axis2, T, false>(args);
+      if (args.conv.g.stride.d == 2) return run_winograd<Strided2, Strided2, Strided2, T, false>(args);
+      if (winograd_edge(args.conv.g)) return run_winograd<Edge2, Axis2, Axis2, T, false>(args);
+      return run_winograd<Axis2, Axis2, Axis2, T, false>(args);
     case 244:
+      if (winograd_edge(args.conv.g)) return run_winograd<Edge2, Axis4, Axis4, T, false>(args);
       return run_winograd<Axis2, Axis4, Axis4, T, false>(args);
     case 422:
       return run_winograd<Strided4, Strided2, Strided2, T, false>(args);

@@ -102,6 +102,31 @@ def test_many_strided_tiles(tile: int, isa: str, monkeypatch) -> None:
     check(tile, 2, 70, (8, 20, 21), 72, (1, 1, 1), False, torch.bfloat16, stride=2)
 
 
+@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tile", [222, 244])
+def test_two_planes_between_padding(tile: int, dtype: torch.dtype, isa: str, monkeypatch) -> None:
+    """Three products along depth instead of four; few tiles and many."""
+    monkeypatch.setenv("R3D_KERNELS_ISA", isa)
+    check(tile, 1, 64, (2, 7, 7), 48, (1, 1, 1), True, dtype)
+    check(tile, 3, 19, (2, 5, 9), 21, (1, 0, 2), False, dtype, "channels_last")
+    check(tile, 2, 35, (2, 45, 30), 40, (1, 1, 1), True, dtype)
+    check(tile, 1, 8, (2, 4, 4), 8, (2, 1, 1), True, dtype)  # four planes of outputs: none of it
+    check(tile, 1, 8, (2, 4, 4), 8, (1, 1, 1), False, dtype)
+
+
+def test_work_of_two_planes_between_padding() -> None:
+    kernel = next(k for k in backends.KERNELS if k.name == "winograd F(2,4,4)")
+
+    def macs(text: str) -> int:
+        request = backends.Request(ConvProblem.parse(text), torch.float32, torch.device("cpu"), 2)
+        return backends.work(kernel, request).macs
+
+    assert macs("n1c8d2h4w4k8f3s1p1") == 3 * 36 * 64
+    assert macs("n1c8d3h4w4k8f3s1p1") == 2 * 4 * 36 * 64
+    assert macs("n1c8d4h4w4k8f3s1p0x1x1") == 4 * 36 * 64
+
+
 @pytest.mark.parametrize(("tile", "stride"), CASES)
 def test_many_channels_in_groups(tile: int, stride: int) -> None:
     """More transformed weights than are kept at a time, many tiles and few."""
@@ -254,6 +279,8 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
     monkeypatch.setenv("R3D_KERNELS_FP32", "strict")
     assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)"}
     assert able(strided) == {"direct", "winograd F(2,2,2) s2"}
+    assert able("n1c64d2h28w28k64f3p1") == {"direct"}
+    assert "winograd F(2,2,2)" in able("n1c64d2h28w28k64f3p1", torch.bfloat16)
     assert "winograd F(2,4,4)" in able("n1c64d8h28w28k64f3p1", torch.bfloat16)
     monkeypatch.setenv("R3D_KERNELS_FP32", "exact")
     with pytest.raises(ValueError, match="R3D_KERNELS_FP32: expected 'default' or 'strict', got 'exact'"):
