@@ -103,13 +103,14 @@ class TritonConv3d:
 
         operands = (x, pack.weight, pack.scale, pack.shift, residual)
         try:
-            launch = conv3d.chosen(request.problem, *operands)
+            launch, final = conv3d.chosen(request.problem, *operands)
             y = launch(*operands)
         except (RuntimeError, MemoryError):
             raise
         except Exception as e:  # Triton's errors share no base that torch's callers know
             raise RuntimeError(f"Triton: {type(e).__name__}: {e}") from e
-        if len(pack.launches) >= 256:
-            pack.launches.clear()
-        pack.launches[id(request)] = (request, precision, launch)
+        if final:
+            if len(pack.launches) >= 256:
+                pack.launches.clear()
+            pack.launches[id(request)] = (request, precision, launch)
         return y

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from r3d_kernels import _check
+from r3d_kernels import _check, tuning
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton import tuner
@@ -139,14 +139,23 @@ def chosen(
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-) -> Forward:
-    """The launch for a problem: with the configuration measured to be the fastest, or the default."""
+) -> tuple[Forward, bool]:
+    """The launch for a problem, with the configuration measured to be the fastest or the default; whether for good."""
     precision = configs.precision_of(x.dtype)
 
     def launch(config: Config) -> Forward:
         return forward(problem, config, precision, scale is not None, bias is not None)
 
-    return launch(tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual)))
+    config, final = tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual))
+    return launch(config), final
+
+
+_MOST_CALLS = 4096  # kinds of calls remembered
+_known: dict[tuple[object, ...], Forward] = {}  # checked and chosen, by everything that decides
+
+
+def _about(t: Tensor | None) -> object:
+    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 @torch.library.custom_op(
@@ -156,12 +165,27 @@ def chosen(
     "int[] dilation, int groups, str activation) -> Tensor",
 )
 def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
-    problem = checked_problem(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation)
+    key = (
+        *(_about(x), _about(weight), _about(scale), _about(bias), _about(residual)),
+        *(*stride, *padding, *dilation, groups, activation),
+        *(configs.precision_of(x.dtype), tuning.enabled()),
+    )
+    launch = _known.get(key)
+    if launch is None:
+        problem = checked_problem(
+            x, weight, scale, bias, residual, stride, padding, dilation, groups, activation
+        )
     x, weight = channels_last(x), channels_last(weight)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else channels_last(residual)
-    return chosen(problem, x, weight, scale, bias, residual)(x, weight, scale, bias, residual)
+    if launch is None:
+        launch, final = chosen(problem, x, weight, scale, bias, residual)
+        if final:
+            if len(_known) >= _MOST_CALLS:
+                _known.clear()
+            _known[key] = launch
+    return launch(x, weight, scale, bias, residual)
 
 
 @_conv3d.register_fake
@@ -192,10 +216,24 @@ def _gradient_problem(
 ) -> ConvProblem:
     check_operand(dy, "dy")
     key = (tuple(x_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation))
-    expected = _check.output_shape(*key, groups, None, "none")
-    if tuple(dy.shape) != expected:
-        raise ValueError(f"dy: expected the output's shape {list(expected)}, got {list(dy.shape)}")
-    return _problem(*key, groups, False, "none")
+    return _checked_gradient(*key, groups, tuple(dy.shape))
+
+
+@lru_cache(maxsize=4096)
+def _checked_gradient(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+    groups: int,
+    dy: tuple[int, ...],
+) -> ConvProblem:
+    geometry = (x, weight, stride, padding, dilation)
+    expected = _check.output_shape(*geometry, groups, None, "none")
+    if dy != expected:
+        raise ValueError(f"dy: expected the output's shape {list(expected)}, got {list(dy)}")
+    return _problem(*geometry, groups, False, "none")
 
 
 @lru_cache(maxsize=4096)
