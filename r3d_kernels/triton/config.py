@@ -172,8 +172,10 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "packed 128x64x64 w8 s2 g8 k1",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
+    # 128x128 spills on 10.0 with Triton 3.7 and 3.8.
     ("tf32", "wide"): (
-        "tiled 128x128x32 w8 s3 g8 k1",
+        "tiled 128x128x32 w8 s3 g8 k1 @-99",
+        "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x128x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
@@ -183,7 +185,8 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 64x64x32 w4 s4 g8 k1",
     ),
     ("tf32", "pointwise"): (
-        "tiled 128x128x32 w8 s3 g8 k1",
+        "tiled 128x128x32 w8 s3 g8 k1 @-99",
+        "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 64x128x32 w4 s3 g8 k1",
     ),
     ("tf32", "late"): (
