@@ -172,7 +172,7 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "packed 128x64x64 w8 s2 g8 k1",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
-    # 128x128 spills on 10.0 with Triton 3.7 and 3.8.
+    # What spills on 10.0 with Triton 3.7 or 3.8 is not tried there: 128x128 here, eight warps in ieee below.
     ("tf32", "wide"): (
         "tiled 128x128x32 w8 s3 g8 k1 @-99",
         "tiled 128x128x32 w8 s3 g8 k1 @120-",
@@ -199,8 +199,8 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("tf32", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 64x64x16 w4 s2 g8 k1"),
     ("ieee", "odd"): ("tiled 64x64x16 w8 s2 g8 k1",),
-    ("ieee", "wide"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
-    ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
+    ("ieee", "wide"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
+    ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
     ("ieee", "pointwise"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
     ("ieee", "late"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 32x32x16 w4 s3 g8 k1"),
     ("ieee", "packed"): ("packed 64x64x16 w4 s2 g8 k1", "packed 32x64x16 w4 s2 g8 k1"),

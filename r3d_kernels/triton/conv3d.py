@@ -1,8 +1,12 @@
 """conv3d with scale, bias, residual and activation, and its gradients, as implicit matrix products in Triton.
 
 Importing this module imports Triton and registers `torch.ops.r3d_kernels.triton_conv3d` and its two gradients, which
-torch.compile takes as they are. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes
-implicit matrix products.
+torch.compile takes as they are: opaque, and no `torch.library.triton_op`. The configuration is looked up or measured at
+run time, which a traced graph of launches would fix at compile time, and inductor fuses nothing into kernels that are
+not its own. What follows the convolution is in its epilogue already; the ReLU's mask and the factors of the backward
+are torch's own operations, which inductor does fuse.
+
+Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes implicit matrix products.
 """
 
 from __future__ import annotations
@@ -364,7 +368,13 @@ def _backward(ctx, dy: Tensor):
         dy = torch.where(y > 0, dy, 0)
     dz = dy if scale is None else (dy * scale.view(1, -1, 1, 1, 1)).to(dy.dtype)
     need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad[:5]
-    dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
+    if need_x and max(weight.shape[2:]) > configs.MAX_TAPS:  # forward there are taps packed into the sum
+        *geometry, groups = ctx.geometry
+        dx = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, *geometry, False, [0, 0, 0], groups, [True, False, False]
+        )[0]
+    else:
+        dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
     dw = ops.triton_conv3d_weight_grad(x, dz, weight.shape, *ctx.geometry) if need_weight else None
     db = dy.sum((0, 2, 3, 4), dtype=torch.float32) if need_bias and has_bias else None
     dr = dy if need_residual and has_residual else None

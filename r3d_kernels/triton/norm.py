@@ -4,6 +4,12 @@ Two passes each way: one over x for the statistics and one that writes y; one ov
 that writes dx and dresidual. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
 for computing the sample variance", 1983), so that a mean far above the standard deviation costs no digits. Sums are
 float32 in a fixed order: the same call gives the same bits.
+
+The operations are opaque to torch.compile and no `torch.library.triton_op`: that would put the launches into the graph,
+which saves the dispatch of an operation (benchmarks/launch_overhead.py) and nothing on the GPU, since inductor fuses
+nothing into them. In return the parts and grids, which follow from the sizes, would make a new graph of every size
+where one with symbolic sizes serves all, and what runs under torch.compile would no longer be what the interpreter
+proves.
 """
 
 from __future__ import annotations
