@@ -210,7 +210,7 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
 # of y), warps, stages.
 WEIGHT_GRAD: dict[tuple[str, bool], tuple[int, int, int, int, int]] = {
     ("half", False): (64, 64, 64, 4, 3),
-    ("half", True): (64, 64, 64, 4, 3),
+    ("half", True): (32, 64, 64, 4, 3),  # 64 pixels spill with Triton 3.6
     ("tf32", False): (32, 64, 64, 4, 3),
     ("tf32", True): (32, 32, 64, 4, 3),
     ("ieee", False): (16, 32, 32, 4, 2),
