@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from r3d_kernels import _check, _extension
 from r3d_kernels._layer import state_of
+from r3d_kernels.backends import current_backend
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
 from r3d_kernels.ops.pool import max_pool3d as _max_pool3d
+from r3d_kernels.triton.backend import why_not_here
 
 __all__ = ["ConvBNAct3d", "avg_pool_linear", "conv_bn_act", "max_pool3d"]
 
@@ -77,6 +79,61 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _trains_through_triton(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> bool:
+    """Whether batch norm takes the statistics of this batch and backend "triton" is asked for and can do it."""
+    if type(bn) is not nn.BatchNorm3d or not (bn.training or bn._buffers["running_mean"] is None):
+        return False
+    if current_backend() != "triton" or type(conv) is not nn.Conv3d:
+        return False
+    if _is_parametrized(conv) or _is_parametrized(bn) or has_hooks(conv) or has_hooks(bn):
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if not is_plain(x, residual, *conv._parameters.values(), *bn._parameters.values(), *bn._buffers.values()):
+        return False
+    dtype = _compute_dtype(x)
+    if conv.weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        return False  # torch words the error best
+    if residual is not None and residual.dtype != dtype:
+        return False
+    return why_not_here(x.device, dtype) is None
+
+
+def _train_through_triton(
+    x: Tensor, conv: nn.Conv3d, bn: nn.BatchNorm3d, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """The same as the modules: one pass for the statistics and one for all that follows, in both directions."""
+    from r3d_kernels.triton.conv3d import conv3d
+    from r3d_kernels.triton.norm import batch_norm_act
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.float()
+
+    dtype = _compute_dtype(x)
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    y = conv3d(
+        x.to(dtype), conv.weight.to(dtype), None, wide(conv.bias), None, **geometry, groups=conv.groups
+    )
+    gamma, beta = wide(bn.weight), wide(bn.bias)
+    z, mean, var = batch_norm_act(y, gamma, beta, residual, eps=bn.eps, activation=activation)
+    if bn.training and bn.track_running_stats:
+        _follow(bn, mean, var, y.numel() // y.shape[1])
+    return z
+
+
+@torch.no_grad()
+def _follow(bn: nn.BatchNorm3d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Updates the running statistics as nn.BatchNorm3d does, with the unbiased variance."""
+    factor = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            factor = 1.0 / float(bn.num_batches_tracked)
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+        if running is not None:
+            running.copy_(running.float() * (1 - factor) + new * factor)
+
+
 def _is_fresh(y: Tensor, conv: nn.Module, bn: nn.Module | None, other: Tensor | None = None) -> bool:
     """Whether y may be overwritten, as the original networks do (`out += residual`, `ReLU(inplace=True)`).
 
@@ -100,7 +157,8 @@ def conv_bn_act(
     """``act(bn(conv(x)) + residual)`` from the modules that own the parameters.
 
     Fused in evaluation mode where no gradient is needed; otherwise (training, gradients, hooks on `conv` or `bn`,
-    padding modes, `torch.compile`, tracing) the modules themselves run. Packed weights follow every change of the
+    padding modes, `torch.compile`, tracing) the modules themselves run. In training, `backend("triton")` runs the
+    Triton convolution and batch norm with their gradients instead. Packed weights follow every change of the
     parameters and are never saved, copied or pickled.
 
     Args:
@@ -119,6 +177,8 @@ def conv_bn_act(
         ValueError: for wrong shapes, a mix of devices, an unknown activation.
     """
     _check.activation(activation)
+    if fused and _trains_through_triton(x, conv, bn, residual):
+        return _train_through_triton(x, conv, bn, activation, residual)
     if not fused or _why_stock(x, conv, bn, residual) is not None:
         y = conv(x)
         if bn is not None:
@@ -190,7 +250,8 @@ class ConvBNAct3d(nn.Module):
     """Convolution, batch norm, residual and activation as one layer.
 
     Parameters keep their stock names: `conv.weight`, `bn.weight`, `bn.bias`, `bn.running_mean`, `bn.running_var`,
-    `bn.num_batches_tracked`. Trains through the stock layers; fused in evaluation (see `conv_bn_act`).
+    `bn.num_batches_tracked`. Fused in evaluation; trains through the stock layers, or ours in Triton where asked for
+    (see `conv_bn_act`).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv3d`.

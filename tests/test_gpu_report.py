@@ -163,6 +163,7 @@ def test_main_writes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [s["status"] for s in data["sections"]] == ["measured", "failed"]
     assert data["sections"][0]["data"] == {"x": "nan"}
     assert data["machine"]["versions"]["torch"]
+    assert [row["holds"] for row in data["floors"]] == ["not measured"] * 2
     assert list(tmp_path.iterdir()) == [tmp_path / "gpu_report.json"]
 
 
@@ -186,6 +187,92 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 1000
     gpu_report.draw(tmp_path / "b.png", {"sections": sections[:2]})
     assert not (tmp_path / "b.png").exists()
+
+
+def test_floors() -> None:
+    """Evaluated from what was measured; what was not measured neither holds nor fails."""
+    nothing = gpu_report.floors([])
+    assert [row["holds"] for row in nothing] == [row["value"] for row in nothing] == ["not measured"] * 2
+    assert [row["at_least"] for row in nothing] == [1.25, 0.8]
+
+    def sections(gpu: str, faster: float, share: float | None) -> list[dict[str, Any]]:
+        return [
+            {"name": "environment", "data": {"gpu": gpu}},
+            {"name": "Triton: r3d_18 bf16 batch 32", "data": {"triton_is_faster": faster}},
+            {"name": "Triton: training norm", "data": {"share_of_copy": share}},
+        ]
+
+    rows = gpu_report.floors(sections("NVIDIA H200", 1.3, 0.79))
+    assert [row["holds"] for row in rows] == [True, False]
+    assert [gpu_report._verdict(row) for row in rows] == ["holds", "does not hold"]
+    rows = gpu_report.floors(sections("NVIDIA H100", 1.2, None))
+    assert [row["holds"] for row in rows] == [False, "not measured"]
+    assert "on NVIDIA H100 and not on the H200" in gpu_report._verdict(rows[0])
+    assert gpu_report._verdict(rows[1]) == "not measured"
+
+
+def test_floors_are_of_sections_that_the_plan_has() -> None:
+    names = [s.name for s in gpu_report.plan(lambda: 0.0)]
+    assert all(floor.section in names for floor in gpu_report.FLOORS)
+
+
+def test_floors_stand_in_the_file_and_on_the_screen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    floor = gpu_report.FLOORS[0]
+    sections = [
+        Section("environment", lambda: {"gpu": "NVIDIA H200"}),
+        Section(floor.section, lambda: {floor.value: 1.5}),
+    ]
+    monkeypatch.setattr(gpu_report, "plan", lambda left: sections)
+    assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 0
+    data = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert [row["holds"] for row in data["floors"]] == [True, "not measured"]
+    said = capsys.readouterr().out
+    assert "1.5, at least 1.25: holds" in said
+    assert "not measured, at least 0.8: not measured" in said
+
+
+def test_the_norms_share_is_that_of_tensors_beyond_the_cache() -> None:
+    def row(dtype: torch.dtype, seconds: float, size: int) -> dict[str, Any]:
+        return gpu_report.norm_row((1,), dtype, {"ours": seconds}, size, 1000.0, 50_000_000)
+
+    large = [row(torch.bfloat16, 1.5e-3, 100_000_000), row(torch.bfloat16, 1.6e-3, 100_000_000)]
+    assert [r["share_of_copy"] for r in large] == [0.8, 0.75]  # twelve tensors over the time, of 1000 GB/s
+    small, wide = row(torch.bfloat16, 1.0, 10_000_000), row(torch.float32, 1.0, 100_000_000)
+    assert gpu_report.norm_share([small, *large, wide]) == 0.75
+    assert gpu_report.norm_share([small, wide]) is None
+
+
+def test_inductors_template_is_not_taken_for_granted() -> None:
+    """On a CPU inductor has none: it says so, and nothing else is measured under its name."""
+    x, weight = torch.randn(1, 4, 3, 5, 5), torch.randn(4, 4, 3, 3, 3)
+    with pytest.raises(NotHere, match=r"choice|template"), torch.no_grad():
+        gpu_report.inductor_template(lambda x, w: torch.nn.functional.conv3d(x, w).relu(), (x, weight))
+
+
+def test_inductor_may_choose_among_its_templates_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+    import torch._inductor.utils as utils
+
+    seen: list[tuple[Any, ...]] = []
+    sources = ["async_compile.triton('triton_tem_fused_convolution_relu_0', ...)"]
+
+    def compiled(call: Any, *operands: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+        seen.append((inductor.max_autotune, inductor.max_autotune_conv_backends))
+        return call(*operands), sources
+
+    monkeypatch.setattr(utils, "run_and_get_code", compiled)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    before = inductor.max_autotune_conv_backends
+    assert gpu_report.inductor_template(torch.relu, (torch.ones(2),))(torch.ones(1)) == 1
+    assert seen == [(True, "TRITON")]
+    assert inductor.max_autotune_conv_backends == before
+    sources[:] = ["extern_kernels.convolution(...)"]
+    with pytest.raises(NotHere, match="another way"):
+        gpu_report.inductor_template(torch.relu, (torch.ones(2),))
 
 
 def test_checks_on_the_cpu_twin() -> None:

@@ -39,6 +39,24 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why our Triton kernels do not run on tensors like these."""
+    # Asked first: the import of Triton takes 70 MiB.
+    if device.type not in (("cuda", "cpu") if interpreted() else ("cuda",)):
+        return f"needs a CUDA tensor, got {device.type}"
+    if (why_not := why_no_triton()) is not None:
+        return why_not
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device is available"
+        arch = configs.machine(device).arch
+        if arch < _LEAST_ARCH:
+            return f"needs compute capability 8.0 or later, got {arch // 10}.{arch % 10}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has float32, bfloat16 and float16 only, got {dtype}"
+    return None
+
+
 class _Pack:
     """Weights as the kernels want them, and the launch of each request that runs with them."""
 
@@ -58,18 +76,10 @@ class TritonConv3d:
     )
 
     def can_run(self, request: Request) -> str | None:
-        # Asked first: the import of Triton takes 70 MiB.
-        if request.device.type not in (("cuda", "cpu") if interpreted() else ("cuda",)):
-            return f"needs a CUDA tensor, got {request.device.type}"
-        if (why_not := why_no_triton()) is not None:
+        if (why_not := why_not_here(request.device, request.dtype)) is not None:
             return why_not
         p = request.problem
         if request.device.type == "cuda":
-            if not torch.cuda.is_available():
-                return "no CUDA device is available"
-            arch = configs.machine(request.device).arch
-            if arch < _LEAST_ARCH:
-                return f"needs compute capability 8.0 or later, got {arch // 10}.{arch % 10}"
             if torch.cuda.is_current_stream_capturing():
                 return "cannot be compiled while a CUDA graph is captured"
         else:
@@ -77,8 +87,6 @@ class TritonConv3d:
 
             if current_backend() != "triton":
                 return "Triton's interpreter is used only where backend 'triton' is asked for"
-        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"has float32, bfloat16 and float16 only, got {request.dtype}"
         if p.groups > 65535:
             return f"has at most 65535 groups, got {p.groups}"
         return None
@@ -103,13 +111,14 @@ class TritonConv3d:
 
         operands = (x, pack.weight, pack.scale, pack.shift, residual)
         try:
-            launch = conv3d.chosen(request.problem, *operands)
+            launch, final = conv3d.chosen(request.problem, *operands)
             y = launch(*operands)
         except (RuntimeError, MemoryError):
             raise
         except Exception as e:  # Triton's errors share no base that torch's callers know
             raise RuntimeError(f"Triton: {type(e).__name__}: {e}") from e
-        if len(pack.launches) >= 256:
-            pack.launches.clear()
-        pack.launches[id(request)] = (request, precision, launch)
+        if final:
+            if len(pack.launches) >= 256:
+                pack.launches.clear()
+            pack.launches[id(request)] = (request, precision, launch)
         return y

@@ -1,8 +1,12 @@
 """conv3d with scale, bias, residual and activation, and its gradients, as implicit matrix products in Triton.
 
 Importing this module imports Triton and registers `torch.ops.r3d_kernels.triton_conv3d` and its two gradients, which
-torch.compile takes as they are. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes
-implicit matrix products.
+torch.compile takes as they are: opaque, and no `torch.library.triton_op`. The configuration is looked up or measured at
+run time, which a traced graph of launches would fix at compile time, and inductor fuses nothing into kernels that are
+not its own. What follows the convolution is in its epilogue already; the ReLU's mask and the factors of the backward
+are torch's own operations, which inductor does fuse.
+
+Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes implicit matrix products.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from r3d_kernels import _check
+from r3d_kernels import _check, tuning
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton import tuner
@@ -139,14 +143,23 @@ def chosen(
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-) -> Forward:
-    """The launch for a problem: with the configuration measured to be the fastest, or the default."""
+) -> tuple[Forward, bool]:
+    """The launch for a problem, with the configuration measured to be the fastest or the default; whether for good."""
     precision = configs.precision_of(x.dtype)
 
     def launch(config: Config) -> Forward:
         return forward(problem, config, precision, scale is not None, bias is not None)
 
-    return launch(tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual)))
+    config, final = tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual))
+    return launch(config), final
+
+
+_MOST_CALLS = 4096  # kinds of calls remembered
+_known: dict[tuple[object, ...], Forward] = {}  # checked and chosen, by everything that decides
+
+
+def _about(t: Tensor | None) -> object:
+    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 @torch.library.custom_op(
@@ -156,12 +169,27 @@ def chosen(
     "int[] dilation, int groups, str activation) -> Tensor",
 )
 def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
-    problem = checked_problem(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation)
+    key = (
+        *(_about(x), _about(weight), _about(scale), _about(bias), _about(residual)),
+        *(*stride, *padding, *dilation, groups, activation),
+        *(configs.precision_of(x.dtype), tuning.enabled()),
+    )
+    launch = _known.get(key)
+    if launch is None:
+        problem = checked_problem(
+            x, weight, scale, bias, residual, stride, padding, dilation, groups, activation
+        )
     x, weight = channels_last(x), channels_last(weight)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else channels_last(residual)
-    return chosen(problem, x, weight, scale, bias, residual)(x, weight, scale, bias, residual)
+    if launch is None:
+        launch, final = chosen(problem, x, weight, scale, bias, residual)
+        if final:
+            if len(_known) >= _MOST_CALLS:
+                _known.clear()
+            _known[key] = launch
+    return launch(x, weight, scale, bias, residual)
 
 
 @_conv3d.register_fake
@@ -192,10 +220,24 @@ def _gradient_problem(
 ) -> ConvProblem:
     check_operand(dy, "dy")
     key = (tuple(x_shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation))
-    expected = _check.output_shape(*key, groups, None, "none")
-    if tuple(dy.shape) != expected:
-        raise ValueError(f"dy: expected the output's shape {list(expected)}, got {list(dy.shape)}")
-    return _problem(*key, groups, False, "none")
+    return _checked_gradient(*key, groups, tuple(dy.shape))
+
+
+@lru_cache(maxsize=4096)
+def _checked_gradient(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+    groups: int,
+    dy: tuple[int, ...],
+) -> ConvProblem:
+    geometry = (x, weight, stride, padding, dilation)
+    expected = _check.output_shape(*geometry, groups, None, "none")
+    if dy != expected:
+        raise ValueError(f"dy: expected the output's shape {list(expected)}, got {list(dy)}")
+    return _problem(*geometry, groups, False, "none")
 
 
 @lru_cache(maxsize=4096)
@@ -326,7 +368,13 @@ def _backward(ctx, dy: Tensor):
         dy = torch.where(y > 0, dy, 0)
     dz = dy if scale is None else (dy * scale.view(1, -1, 1, 1, 1)).to(dy.dtype)
     need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad[:5]
-    dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
+    if need_x and max(weight.shape[2:]) > configs.MAX_TAPS:  # forward there are taps packed into the sum
+        *geometry, groups = ctx.geometry
+        dx = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, *geometry, False, [0, 0, 0], groups, [True, False, False]
+        )[0]
+    else:
+        dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
     dw = ops.triton_conv3d_weight_grad(x, dz, weight.shape, *ctx.geometry) if need_weight else None
     db = dy.sum((0, 2, 3, 4), dtype=torch.float32) if need_bias and has_bias else None
     dr = dy if need_residual and has_residual else None

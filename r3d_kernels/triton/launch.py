@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r3d_kernels.problems import ConvProblem
@@ -23,7 +24,7 @@ from r3d_kernels.triton import kernels
 from r3d_kernels.triton.backend import interpreted
 from r3d_kernels.triton.config import Config
 
-__all__ = ["Forward", "InputGrad", "WeightGrad", "channels_last", "check_operand", "on_device"]
+__all__ = ["Forward", "InputGrad", "Launch", "WeightGrad", "channels_last", "check_operand", "on_device"]
 
 _INT32 = 2**31
 
@@ -44,14 +45,49 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
-@contextlib.contextmanager
-def on_device(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device: makes it the tensor's."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            yield
-    else:
-        yield
+_HERE = contextlib.nullcontext()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, in its current stream: makes it the tensor's."""
+    index = x.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+class Launch:
+    """A kernel with its grid, sizes and constants, called with its tensors.
+
+    At every launch Triton binds, specialises and looks up all arguments of a kernel, 40 and more here. Of ours only the
+    tensors change, and of those it sees the dtype and whether the address is a multiple of 16: what was compiled for
+    these is kept for each device and launched directly. Debugging switches of Triton's have to be set before the first
+    launch; its hooks around a launch are called as ever.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], sizes: tuple[int | float, ...], meta: dict[str, Any]
+    ) -> None:
+        self._kernel, self._through_triton = kernel, kernel[grid]
+        self._grid = (*grid, 1, 1)[:3]
+        self.sizes, self.meta = sizes, meta
+        self._rest: tuple[Any, ...] = ()
+        self._ready: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def __call__(self, *tensors: Tensor, descriptors: tuple[TensorDescriptor, ...] = ()) -> None:
+        """Launches on the current device, which has to be the tensors' (`on_device`). Descriptors come first."""
+        key: list[Any] = [tensors[0].get_device()]
+        for t in tensors:
+            key += (t.dtype, t.data_ptr() % 16 == 0)
+        place = tuple(key)
+        run = self._ready.get(place)
+        if run is not None:
+            run(*descriptors, *tensors, *self._rest)
+            return
+        compiled = self._through_triton(*descriptors, *tensors, *self.sizes, **self.meta)
+        # Nothing is compiled in the interpreter; on AMD more is seen of a tensor.
+        if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+            constants = self._kernel.arg_names[len(descriptors) + len(tensors) + len(self.sizes) :]
+            self._rest = (*self.sizes, *(self.meta[name] for name in constants))
+            self._ready[place] = compiled[self._grid]
 
 
 def _wide(*shapes: tuple[int, ...]) -> bool:
@@ -94,12 +130,13 @@ class Forward:
         tiles_n = triton.cdiv(k, config.bn)
         self.parts = 1
         self.box: tuple[int, int, int] | None = None
+        self._checked: tuple[dict[str, Any], ...] | None = None  # descriptors, less their tensors
         t, r, s = p.kernel
         if config.kernel == "packed":
-            self.grid = (triton.cdiv(m, config.bm) * tiles_n, p.groups)
-            self.ints: tuple[int, ...] = (m, k, p.c, p.k, *geometry, taps * c, k * taps * c)
+            grid: tuple[int, ...] = (triton.cdiv(m, config.bm) * tiles_n, p.groups)
+            sizes: tuple[int, ...] = (m, k, p.c, p.k, *geometry, taps * c, k * taps * c)
             self.meta = dict(meta, **common, BM=config.bm, C=c, T=t, R=r, S=s)
-            self.kernel = kernels.conv3d_packed[self.grid]
+            kernel = kernels.conv3d_packed
         elif config.kernel == "tiled":
             if max(p.kernel) > configs.MAX_TAPS:
                 raise ValueError(
@@ -108,10 +145,10 @@ class Forward:
             steps = taps * triton.cdiv(c, config.bk)
             per_part = triton.cdiv(steps, config.split)
             self.parts = triton.cdiv(steps, per_part)  # no part is empty
-            self.grid = (triton.cdiv(m, config.bm) * tiles_n, p.groups, self.parts)
+            grid = (triton.cdiv(m, config.bm) * tiles_n, p.groups, self.parts)
             od, oh, ow = p.out_size
             places = (od * oh * ow * p.k, oh * ow * p.k, ow * p.k, p.k, 0)
-            self.ints = (
+            sizes = (
                 *(m, c, k, p.c, p.k, *geometry),
                 *(taps * c, c, k * taps * c, r * s, s, 1, 0, *places, per_part),
             )
@@ -128,7 +165,7 @@ class Forward:
                 SPLIT=self.parts > 1,
                 BM=config.bm,
             )
-            self.kernel = kernels.conv3d_tiled[self.grid]
+            kernel = kernels.conv3d_tiled
         else:
             self.box = configs.boxes_of(config, p)
             if self.box is None:
@@ -137,15 +174,15 @@ class Forward:
                 )
             bd, bh, bw = self.box
             boxes = [triton.cdiv(o, b) for o, b in zip(p.out_size, self.box, strict=True)]
-            self.grid = (p.n * math.prod(boxes) * tiles_n,)
-            self.ints = (p.n, c, k, p.k, *p.out_size, *p.padding, *p.dilation)
+            grid = (p.n * math.prod(boxes) * tiles_n,)
+            sizes = (p.n, c, k, p.k, *p.out_size, *p.padding, *p.dilation)
             self.meta = dict(meta, **common, T=t, R=r, S=s, BD=bd, BH=bh, BW=bw)
-            self.kernel = kernels.conv3d_boxes[self.grid]
+            kernel = kernels.conv3d_boxes
+        self.launch = Launch(kernel, grid, sizes, self.meta)
         if self.parts > 1:
-            self.reduce_grid = (triton.cdiv(m, 32), triton.cdiv(p.k, 64))
-            self.reduce = kernels.reduce_parts[self.reduce_grid]
-            self.reduce_ints = (m, p.k, self.parts)
-            self.reduce_meta = dict(meta, BM=32, BN=64, num_warps=4)
+            grid = (triton.cdiv(m, 32), triton.cdiv(p.k, 64))
+            reduction = dict(meta, BM=32, BN=64, num_warps=4)
+            self.reduce = Launch(kernels.reduce_parts, grid, (m, p.k, self.parts), reduction)
             self.part_shape = (self.parts, m, p.k)
 
     def __call__(
@@ -163,23 +200,33 @@ class Forward:
         )
         with on_device(x):
             if self.box is not None:
-                self.kernel(*self._descriptors(x, weight), *tail, *self.ints, **self.meta)
+                self.launch(*tail, descriptors=self._descriptors(x, weight))
             elif self.config.kernel == "packed":
-                self.kernel(x, weight, *tail, *self.ints, **self.meta)
+                self.launch(x, weight, *tail)
             elif self.parts == 1:
-                self.kernel(x, weight, *tail, y, *self.ints, **self.meta)
+                self.launch(x, weight, *tail, y)
             else:
                 part = torch.empty(self.part_shape, dtype=torch.float32, device=x.device)
-                self.kernel(x, weight, *tail, part, *self.ints, **self.meta)
-                self.reduce(part, *tail, *self.reduce_ints, **self.reduce_meta)
+                self.launch(x, weight, *tail, part)
+                self.reduce(part, *tail)
         return y
 
-    def _descriptors(self, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    def _descriptors(self, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
         # the TMA unit wants 16-byte addresses: a slice of a larger tensor may lie elsewhere
         if x.data_ptr() % 16:
             x = x.clone(memory_format=torch.channels_last_3d)
         if weight.data_ptr() % 16:
             weight = weight.clone(memory_format=torch.channels_last_3d)
+        if self._checked is None:
+            self._checked = tuple(d.__dict__ | {"base": None} for d in self._new_descriptors(x, weight))
+        # Its constructor would check the same shapes again.
+        descriptors = (TensorDescriptor.__new__(TensorDescriptor), TensorDescriptor.__new__(TensorDescriptor))
+        for descriptor, checked, base in zip(descriptors, self._checked, (x, weight), strict=True):
+            descriptor.__dict__.update(checked)
+            descriptor.base = base
+        return descriptors
+
+    def _new_descriptors(self, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
         p, c, bk = self.problem, self.config, self.config.bk
         assert self.box is not None
         taps = math.prod(p.kernel)
@@ -251,7 +298,7 @@ class InputGrad:
                 for axis in zip((p.d, p.h, p.w), p.kernel, p.stride, p.padding, p.dilation, strict=True)
             )
         )
-        self.launches: list[tuple[Callable[..., Any], tuple[int, ...], dict[str, Any]]] = []
+        self.launches: list[Launch] = []
         self.holes = False  # some positions are read by no tap
         for d, h, w in parts:
             if 0 in (d.taps, h.taps, w.taps):
@@ -263,7 +310,7 @@ class InputGrad:
                 )
             m = p.n * d.count * h.count * w.count
             first = (d.first * p.h * p.w + h.first * p.w + w.first) * p.c
-            ints = (
+            sizes = (
                 *(m, k, c, p.k, p.c, *p.out_size, d.count, h.count, w.count, 1, 1, 1),
                 *(d.padding, h.padding, w.padding, d.dilation, h.dilation, w.dilation),
                 *(taps * c, c, k * taps * c, d.step * r * s, h.step * s, w.step),
@@ -294,7 +341,7 @@ class InputGrad:
                 "num_stages": config.stages,
             }
             grid = (triton.cdiv(m, config.bm) * triton.cdiv(c, config.bn), p.groups, 1)
-            self.launches.append((kernels.conv3d_tiled[grid], ints, meta))
+            self.launches.append(Launch(kernels.conv3d_tiled, grid, sizes, meta))
 
     def __call__(self, dy: Tensor, weight: Tensor) -> Tensor:
         dx = empty(self.shape, dy)
@@ -302,8 +349,8 @@ class InputGrad:
             dx.zero_()
         if self.shape[0]:
             with on_device(dy):
-                for kernel, ints, meta in self.launches:
-                    kernel(dy, weight, dx, dx, dx, dx, dx, *ints, **meta)
+                for launch in self.launches:
+                    launch(dy, weight, dx, dx, dx, dx, dx)
         return dx
 
 
@@ -331,11 +378,10 @@ class WeightGrad:
         self.shape = p.weight_shape
         self.size = math.prod(p.weight_shape)
         self.empty = m == 0
-        self.kernel = kernels.conv3d_weight_grad[(tiles, p.groups, self.parts)]
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
-        self.ints = (m, c, k, p.c, p.k, *geometry, self.size, per_part)
+        sizes = (m, c, k, p.c, p.k, *geometry, self.size, per_part)
         t, r, s = p.kernel
-        self.meta = {
+        meta = {
             "T": t,
             "R": r,
             "S": s,
@@ -348,7 +394,13 @@ class WeightGrad:
             "num_warps": warps,
             "num_stages": stages,
         }
-        self.sum = kernels.sum_parts[(triton.cdiv(self.size, 1024),)]
+        self.launch = Launch(kernels.conv3d_weight_grad, (tiles, p.groups, self.parts), sizes, meta)
+        self.sum = Launch(
+            kernels.sum_parts,
+            (triton.cdiv(self.size, 1024),),
+            (self.size, self.parts),
+            {"BLOCK": 1024, "num_warps": 4},
+        )
 
     def __call__(self, x: Tensor, dy: Tensor) -> Tensor:
         dw = empty(self.shape, x)
@@ -356,9 +408,9 @@ class WeightGrad:
             return dw.zero_()
         with on_device(x):
             if self.parts == 1:
-                self.kernel(x, dy, dw, *self.ints, **self.meta)
+                self.launch(x, dy, dw)
             else:
                 part = torch.empty((self.parts, self.size), dtype=torch.float32, device=x.device)
-                self.kernel(x, dy, part, *self.ints, **self.meta)
-                self.sum(part, dw, self.size, self.parts, BLOCK=1024, num_warps=4)
+                self.launch(x, dy, part)
+                self.sum(part, dw)
         return dw

@@ -4,6 +4,12 @@ Two passes each way: one over x for the statistics and one that writes y; one ov
 that writes dx and dresidual. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
 for computing the sample variance", 1983), so that a mean far above the standard deviation costs no digits. Sums are
 float32 in a fixed order: the same call gives the same bits.
+
+The operations are opaque to torch.compile and no `torch.library.triton_op`: that would put the launches into the graph,
+which saves the dispatch of an operation (benchmarks/launch_overhead.py) and nothing on the GPU, since inductor fuses
+nothing into them. In return the parts and grids, which follow from the sizes, would make a new graph of every size
+where one with symbolic sizes serves all, and what runs under torch.compile would no longer be what the interpreter
+proves.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r3d_kernels import _check
-from r3d_kernels.triton.launch import channels_last, check_operand, on_device
+from r3d_kernels.triton.launch import Launch, channels_last, check_operand, on_device
 
 __all__ = ["batch_norm_act"]
 
@@ -262,6 +268,36 @@ class _Plan:
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
+class _Forward:
+    """The launches of a forward pass, prepared once."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: bool) -> None:
+        p = _plan(shape)
+        self.parts_shape, self.c = (2, p.parts, p.c), p.c
+        self.statistics = Launch(_statistics, p.sums, (p.m, p.c, p.per_part), p.tiles)
+        sizes = (p.m, p.c, p.parts, p.per_part)
+        self.merge = Launch(_merge_statistics, (p.merge,), sizes, p.merging)
+        how = {"AFFINE": affine, "HAS_RES": residual, "RELU": relu, **p.tiles}
+        self.apply = Launch(_apply, p.elements, (p.m, p.c, eps), how)
+
+
+class _Backward:
+    """The launches of a backward pass, prepared once."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: bool) -> None:
+        p = _plan(shape)
+        self.parts_shape, self.c = (2, p.parts, p.c), p.c
+        sizes = (p.m, p.c, p.parts, p.per_part, eps)
+        self.sums = Launch(_gradient_sums, p.sums, sizes, {"RELU": relu, **p.tiles})
+        self.merge = Launch(_merge_sums, (p.merge, 2), (p.c, p.parts), p.merging)
+        how = {"AFFINE": affine, "HAS_RES": residual, "RELU": relu, **p.tiles}
+        self.gradient = Launch(_input_gradient, p.elements, (p.m, p.c, eps), how)
+
+
+_forward = lru_cache(maxsize=1024)(_Forward)
+_backward_of = lru_cache(maxsize=1024)(_Backward)
+
+
 def batch_norm_act(
     x: Tensor,
     gamma: Tensor | None = None,
@@ -326,27 +362,18 @@ def _checked(x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Ten
 )
 def _batch_norm_act(x, gamma, beta, residual, eps, activation):
     _checked(x, gamma, beta, residual)
-    plan = _plan(tuple(x.shape))
+    affine, has_res = gamma is not None, residual is not None
+    run = _forward(tuple(x.shape), eps, affine, has_res, activation == "relu")
     x = channels_last(x)
-    residual = x if residual is None else channels_last(residual)
-    has_res = residual is not x
     y = torch.empty_like(x, memory_format=torch.channels_last_3d)
-    statistics = x.new_empty((2, plan.c), dtype=torch.float32)
-    parts = x.new_empty((2, plan.parts, plan.c), dtype=torch.float32)
-    affine = gamma is not None
+    statistics = x.new_empty((2, run.c), dtype=torch.float32)
+    parts = x.new_empty(run.parts_shape, dtype=torch.float32)
     gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (statistics, statistics)
     with on_device(x):
-        _statistics[plan.sums](x, parts[0], parts[1], plan.m, plan.c, plan.per_part, **plan.tiles)
-        _merge_statistics[(plan.merge,)](
-            x, parts[0], parts[1], statistics, plan.m, plan.c, plan.parts, plan.per_part, **plan.merging
-        )
-        _apply[plan.elements](
-            *(x, statistics, gamma, beta, residual, y, plan.m, plan.c, eps),
-            AFFINE=affine,
-            HAS_RES=has_res,
-            RELU=activation == "relu",
-            **plan.tiles,
-        )
+        means, squares = parts.unbind(0)
+        run.statistics(x, means, squares)
+        run.merge(x, means, squares, statistics)
+        run.apply(x, statistics, gamma, beta, channels_last(residual) if has_res else x, y)
     return y, statistics
 
 
@@ -365,30 +392,19 @@ def _(x, gamma, beta, residual, eps, activation):
 def _batch_norm_act_backward(dy, x, y, statistics, gamma, residual, eps):
     """y is None where there was no ReLU; the gradients of beta and gamma come as one [2, C]."""
     check_operand(x, "x")
-    plan = _plan(tuple(x.shape))
+    relu, affine = y is not None, gamma is not None
+    run = _backward_of(tuple(x.shape), eps, affine, residual, relu)
     x, dy = channels_last(x), channels_last(dy)
-    relu = y is not None
     y = channels_last(y) if relu else x
     dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
     dres = torch.empty_like(dx) if residual else x.new_empty(0)
-    grads = x.new_empty((2, plan.c), dtype=torch.float32)
-    sums = x.new_empty((2, plan.parts, plan.c), dtype=torch.float32)
-    affine = gamma is not None
+    grads = x.new_empty((2, run.c), dtype=torch.float32)
+    sums = x.new_empty(run.parts_shape, dtype=torch.float32)
     with on_device(x):
-        _gradient_sums[plan.sums](
-            *(x, y, dy, statistics, sums, plan.m, plan.c, plan.parts, plan.per_part, eps),
-            RELU=relu,
-            **plan.tiles,
-        )
-        _merge_sums[(plan.merge, 2)](sums, grads, plan.c, plan.parts, **plan.merging)
-        _input_gradient[plan.elements](
-            *(x, y, dy, statistics, gamma.contiguous() if affine else grads, grads, dx),
-            *(dres if residual else dx, plan.m, plan.c, eps),
-            AFFINE=affine,
-            HAS_RES=residual,
-            RELU=relu,
-            **plan.tiles,
-        )
+        run.sums(x, y, dy, statistics, sums)
+        run.merge(sums, grads)
+        factors = gamma.contiguous() if affine else grads
+        run.gradient(x, y, dy, statistics, factors, grads, dx, dres if residual else dx)
     return dx, dres, grads
 
 

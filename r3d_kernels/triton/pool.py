@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r3d_kernels import _check
-from r3d_kernels.triton.launch import channels_last, check_operand, empty, on_device
+from r3d_kernels.triton.launch import Launch, channels_last, check_operand, empty, on_device
 
 __all__ = ["global_avg_pool3d", "max_pool3d"]
 
@@ -169,17 +170,18 @@ def _max_pool3d(x, kernel_size, stride, padding):
     m = n * math.prod(size)
     if m:
         x = channels_last(x)
-        bc = min(64, max(16, triton.next_power_of_2(c)))
-        bm = 2048 // bc
+        wide = max(x.numel(), y.numel()) >= 2**31 - 2**16
         with on_device(x):
-            _max_pool[(triton.cdiv(m, bm), triton.cdiv(c, bc))](
-                *(x, y, m, c, *space, *size, *stride, *padding, *kernel_size),
-                WIDE=max(x.numel(), y.numel()) >= 2**31 - 2**16,
-                BM=bm,
-                BC=bc,
-                num_warps=4,
-            )
+            _max_pool_launch(m, c, (*space, *size, *stride, *padding, *kernel_size), wide)(x, y)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _max_pool_launch(m: int, c: int, geometry: tuple[int, ...], wide: bool) -> Launch:
+    bc = min(64, max(16, triton.next_power_of_2(c)))
+    bm = 2048 // bc
+    grid = (triton.cdiv(m, bm), triton.cdiv(c, bc))
+    return Launch(_max_pool, grid, (m, c, *geometry), {"WIDE": wide, "BM": bm, "BC": bc, "num_warps": 4})
 
 
 @_max_pool3d.register_fake
@@ -214,10 +216,15 @@ def _global_avg_pool3d(x):
     y = x.new_empty((n, c))
     if n:
         x = channels_last(x)
-        bc = min(64, max(16, triton.next_power_of_2(c)))
         with on_device(x):
-            _average[(n, triton.cdiv(c, bc))](x, y, c, math.prod(space), BM=32, BC=bc, num_warps=4)
+            _average_launch(n, c, math.prod(space))(x, y)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _average_launch(n: int, c: int, size: int) -> Launch:
+    bc = min(64, max(16, triton.next_power_of_2(c)))
+    return Launch(_average, (n, triton.cdiv(c, bc)), (c, size), {"BM": 32, "BC": bc, "num_warps": 4})
 
 
 @_global_avg_pool3d.register_fake

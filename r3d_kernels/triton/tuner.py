@@ -7,7 +7,6 @@ have given wrong results in released versions of Triton (triton#1254, pytorch#17
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from r3d_kernels import tuning
+from r3d_kernels import _fork, tuning
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.config import Config
@@ -29,8 +28,10 @@ __all__ = ["config_for", "disagreement", "fastest", "gpu_seconds"]
 logger = logging.getLogger("r3d_kernels")
 
 BUDGET = 15.0  # seconds for one layer, compilation included; the default is always measured
+_TRIES = 3  # calls whose data could not be compared, after which a layer keeps its default
 _known: dict[tuple[str, str], Config] = {}  # what this process has decided
-_measuring = threading.Lock()  # two layers measured at once would measure each other
+_failed: dict[tuple[str, str], int] = {}
+_measuring = _fork.Lock()  # two layers measured at once would measure each other
 
 Launch = Callable[[Config], Callable[..., Tensor]]
 
@@ -48,10 +49,14 @@ def _machine(device: torch.device) -> str:
     return tuning.machine_key(device, "") + f" | triton {triton.__version__}"
 
 
+def _can_measure(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def config_for(
     problem: ConvProblem, precision: str, launch: Launch, tensors: tuple[Tensor | None, ...]
-) -> Config:
-    """The configuration for a problem.
+) -> tuple[Config, bool]:
+    """The configuration for a problem, and whether it is so for good: a later call may be able to measure.
 
     Args:
         problem, precision: what is to be run.
@@ -65,20 +70,23 @@ def config_for(
     assert x is not None
     where = configs.machine(x.device)
     able = configs.candidates(problem, x.dtype, precision, where)
-    if not x.is_cuda or problem.n == 0 or not tuning.enabled():
-        return able[0]
-    machine, key = _machine(x.device), f"triton {problem} {x.dtype} {precision}".replace("torch.", "")
-    if (machine, key) in _known:
-        return _known[machine, key]
+    if not _can_measure(x) or problem.n == 0 or not tuning.enabled():
+        return able[0], True
+    place = _machine(x.device), f"triton {problem} {x.dtype} {precision}".replace("torch.", "")
+    if place in _known:
+        return _known[place], True
     if torch.cuda.is_current_stream_capturing():
-        return able[0]
+        return able[0], False
     with _measuring:
-        if (machine, key) not in _known:
-            best = _measured(problem, precision, launch, tensors, able, machine, key)
+        if place not in _known:
+            best = _measured(problem, precision, launch, tensors, able, *place)
             if best is None:
-                return able[0]
-            _known[machine, key] = best
-    return _known[machine, key]
+                _failed[place] = _failed.get(place, 0) + 1
+                if _failed[place] < _TRIES:
+                    return able[0], False
+                logger.warning("%s: nothing finite to compare results by, not measured", place[1])
+            _known[place] = best or able[0]
+    return _known[place], True
 
 
 def _measured(

@@ -67,6 +67,9 @@ else:
         for report in reports.get(item.nodeid) or [_missing(item, reports.get("", ""))]:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        item.session._setupstate.teardown_exact(
+            nextitem
+        )  # what earlier tests of this process have left for this one
         return True
 
 

@@ -103,6 +103,7 @@ def usual_jobs() -> list[dict]:
         forward(PROBLEMS["narrow"], configs.shipped("ieee", "narrow", 90)[0], "ieee", 90),
         input_gradient(INPUT_GRADIENTS[1], "half", 90),
         job("weight_grad", "n1c128d8h28w28k256f3p1", "half", 90),
+        job("weight_grad", PROBLEMS["packed"], "half", 90),
         job("norm", "n1c64d8h28w28k64f1", "half", 90),
         job("pool", "n1c64d8h28w28k64f1", "half", 90),
     ]

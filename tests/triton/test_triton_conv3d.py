@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_keeps_promise
 from strategies import problem_strategy
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import r3d_kernels as r3d
 from r3d_kernels import backends, ops
@@ -387,6 +388,105 @@ def test_autograd(activation: str | None) -> None:
         assert_keeps_promise(ours.grad, want.grad)
 
 
+def test_a_gradient_with_more_taps_than_a_word_has_bits() -> None:
+    """torch's own input gradient, behind the same function."""
+    x = torch.randn(1, 2, 1, 3, 40, requires_grad=True)
+    weight = torch.randn(4, 2, 1, 1, 35, requires_grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    dy = torch.randn(1, 4, 1, 3, 20)
+    geometry = {"stride": (1, 1, 2), "padding": (0, 0, 17)}
+    conv3d.conv3d(x, weight, **geometry).backward(dy)
+    torch.nn.functional.conv3d(*exact, None, *geometry.values()).backward(dy.double())
+    for ours, want in zip((x, weight), exact, strict=True):
+        assert_keeps_promise(ours.grad, want.grad)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n2c5d5h7w9k7f3s2p1",  # stride 2 at odd sizes: the last input of an axis is read or not
+        "n1c7d6h8w5k3f3s2p0",
+        "n2c6d5h7w6k9f3x3x3s1x2x2p1l2x1x1g3",
+        "n1c1d7h9w9k5f5x7x7s2p2x3x3",
+    ],
+)
+def test_every_gradient_through_autograd(text: str, dtype: torch.dtype) -> None:
+    """x, weight, bias and residual at once, odd channels, a residual and a ReLU, against float64."""
+    p = dataclasses.replace(ConvProblem.parse(text), residual=True, activation="relu")
+    t = p.tensors(dtype, relu_like=False)
+    scale, bias = folded(t)
+    leaves = [t.x, t.weight, bias, t.residual]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    names = ("stride", "padding", "dilation", "groups")
+    y = conv3d.conv3d(
+        *(t.x, t.weight, scale, bias, t.residual),
+        **dict(zip(names, geometry, strict=True)),
+        activation="relu",
+    )
+    dy = torch.randn(p.out_shape).to(dtype)
+    y.backward(dy)
+    z = torch.nn.functional.conv3d(exact[0], exact[1], None, *geometry) * scale.double().view(1, -1, 1, 1, 1)
+    z = z + exact[2].view(1, -1, 1, 1, 1) + exact[3]
+    torch.where(y > 0, z, 0).backward(dy.double())  # by the mask of our own y: half precision moves the edge
+    for ours, want in zip(leaves, exact, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        # dy * scale is rounded to the dtype before it is summed, as stock layers do between batch norm and convolution
+        assert_keeps_promise(ours.grad, want.grad, magnitude=2 * want.grad.norm().item())
+
+
+def test_weight_gradient_sums_in_float32() -> None:
+    """4096 pixels of bfloat16: sums in bfloat16 would stop growing at 256."""
+    p = ConvProblem.parse("n1c3d4h32w32k2f1")
+    x, dy = (torch.ones(s, dtype=torch.bfloat16) for s in (p.in_shape, p.out_shape))
+    dw = conv3d.conv3d_weight_grad(x, dy, p.weight_shape)
+    assert (dw == 4096).all()
+    dx = conv3d.conv3d_input_grad(
+        torch.ones(1, 1024, 1, 2, 2).bfloat16(), torch.ones(1024, 3, 1, 1, 1).bfloat16(), (1, 3, 1, 2, 2)
+    )
+    assert (dx == 1024).all()
+
+
+def test_gradients_of_non_contiguous_tensors() -> None:
+    p = ConvProblem.parse("n2c7d4h6w5k12f3s2p1")
+    t, dy = p.tensors(), torch.randn(p.out_shape)
+    dx = conv3d.conv3d_input_grad(dy, t.weight, p.in_shape, stride=2, padding=1)
+    dw = conv3d.conv3d_weight_grad(t.x, dy, p.weight_shape, stride=2, padding=1)
+    padded = torch.zeros(2, 10, 4, 6, 7)
+    padded[:, 2:9, :, :, 1:6] = t.x
+    apart = torch.stack([dy, dy], -1)[..., 0]
+    assert torch.equal(
+        conv3d.conv3d_input_grad(apart, t.weight.contiguous(), p.in_shape, stride=2, padding=1), dx
+    )
+    x = padded[:, 2:9, :, :, 1:6]
+    assert torch.equal(conv3d.conv3d_weight_grad(x, apart, p.weight_shape, stride=2, padding=1), dw)
+    # what sum().backward() hands over: one number, expanded
+    leaf = t.x.requires_grad_()
+    conv3d.conv3d(leaf, t.weight, stride=2, padding=1).sum().backward()
+    ones = torch.ones(p.out_shape)
+    assert torch.equal(leaf.grad, conv3d.conv3d_input_grad(ones, t.weight, p.in_shape, stride=2, padding=1))
+
+
+@dtypes
+def test_gradients_of_an_empty_batch(dtype: torch.dtype) -> None:
+    x = torch.randn(0, 5, 3, 5, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(7, 5, 3, 3, 3, dtype=dtype, requires_grad=True)
+    conv3d.conv3d(x, weight, stride=2, padding=1).sum().backward()
+    assert x.grad.shape == x.shape
+    assert (weight.grad == 0).all()
+
+
+def test_no_second_derivative_is_made_up() -> None:
+    x = torch.randn(1, 4, 2, 3, 3, requires_grad=True)
+    y = conv3d.conv3d(x, torch.randn(4, 4, 1, 1, 1), activation="relu")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
 # ---- the registered ops ----
 
 
@@ -421,6 +521,26 @@ def test_under_compile() -> None:
     (a,) = torch.autograd.grad(want.square().sum(), x)
     (b,) = torch.autograd.grad(got.square().sum(), x)
     assert torch.equal(a, b)
+
+
+def test_one_graph_for_every_size() -> None:
+    """Forward and backward with symbolic sizes: compiled once."""
+    weight = torch.randn(8, 6, 3, 3, 3)
+
+    def f(x, weight):
+        return conv3d.conv3d(x * 2, weight, stride=2, padding=1, activation="relu").square().sum()
+
+    # No two sizes of the first call are equal: torch would take them for the same one.
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+    first = 0  # graphs after the first call
+    for shape in ((9, 6, 4, 5, 7), (3, 6, 4, 8, 5), (4, 6, 5, 7, 9)):
+        x = torch.randn(shape, requires_grad=True)
+        y = compiled(x, weight)
+        assert torch.equal(y, f(x, weight))
+        assert torch.equal(*(torch.autograd.grad(g(x, weight), x)[0] for g in (f, compiled)))
+        first = first or counter.frame_count
+    assert counter.frame_count == first
 
 
 # ---- wrong input ----

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import ROUNDING, assert_keeps_promise, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from r3d_kernels.triton import norm
 
@@ -134,6 +135,24 @@ def test_under_compile() -> None:
         return norm.batch_norm_act(x * 2, gamma, beta, r)[0]
 
     assert torch.equal(f(x), torch.compile(f, backend="aot_eager", fullgraph=True)(x))
+
+
+def test_one_graph_for_every_size() -> None:
+    gamma, beta = torch.rand(6) + 1, torch.randn(6)
+
+    def f(x):
+        return norm.batch_norm_act(x * 2, gamma, beta, x)[0].square().sum()
+
+    # No two sizes of the first call are equal: torch would take them for the same one.
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+    first = 0  # graphs after the first call
+    for shape in ((7, 6, 3, 5, 4), (3, 6, 4, 2, 5), (4, 6, 5, 3, 7)):
+        x = torch.randn(shape, requires_grad=True)
+        assert torch.equal(compiled(x), f(x))
+        assert torch.equal(*(torch.autograd.grad(g(x), x)[0] for g in (f, compiled)))
+        first = first or counter.frame_count
+    assert counter.frame_count == first
 
 
 X = torch.zeros(2, 6, 3, 5, 5)

@@ -109,8 +109,9 @@ def test_right_results_agree_with_the_reference(dtype: torch.dtype) -> None:
 def test_untuned_calls_take_the_default(monkeypatch) -> None:
     monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured"))
     where = config.machine(torch.device("cpu"))
-    chosen = tuner.config_for(P, "ieee", launch, operands())
+    chosen, final = tuner.config_for(P, "ieee", launch, operands())
     assert chosen == config.default(P, torch.float32, "ieee", where)
+    assert final
 
 
 def test_measured_once_and_remembered(monkeypatch, tmp_path) -> None:
@@ -205,3 +206,142 @@ def test_errors_of_triton_become_runtime_errors(monkeypatch) -> None:
     pack = backend._Pack(*tensors[1:4])
     with pytest.raises(RuntimeError, match="Triton: CompilationError: at 3:4: no"):
         backend.TritonConv3d().run(pack, tensors[0], tensors[4], request(device=torch.device("cpu")))
+
+
+# ---- a call on a GPU, as far as the choice of its configuration goes ----
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch, tmp_path):
+    """The tuner measures; `seconds` are what its clock says of each configuration, in order."""
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    monkeypatch.setattr(tuner, "_known", {})
+    monkeypatch.setattr(tuner, "_failed", {})
+    monkeypatch.setattr(tuner, "_can_measure", lambda x: True)
+    monkeypatch.setattr(tuner.configs, "candidates", lambda *a: SMALL)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    times: list[float] = []
+    measured: list[float] = []
+
+    def measure(run) -> float:
+        run()
+        measured.append(times.pop(0))
+        return measured[-1]
+
+    monkeypatch.setattr(tuner, "gpu_seconds", measure)
+    return times, measured
+
+
+def new_process(monkeypatch) -> None:
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    monkeypatch.setattr(tuner, "_known", {})
+
+
+def test_the_fastest_right_configuration_is_remembered_on_disk(as_on_gpu, monkeypatch, tmp_path) -> None:
+    """The fastest of all computes something else: it is neither chosen nor remembered, in any process."""
+    times, measured = as_on_gpu
+    times += [3.0, 2.0]
+    make = spoiled(SMALL[1], one_element)
+    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    assert measured == [3.0, 2.0]
+    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    new_process(monkeypatch)
+    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    assert measured == [3.0, 2.0], "measured once"
+    text = (tmp_path / "tuning-v1.json").read_text()
+    assert str(SMALL[2]) in text
+    assert str(SMALL[1]) not in text
+    assert f"triton {tuner.triton.__version__}" in text, "another Triton measures anew"
+
+
+def test_what_the_cache_names_must_be_a_candidate(as_on_gpu, monkeypatch) -> None:
+    """A file of another version, or one that somebody edited, cannot bring in a configuration of its own."""
+    times, measured = as_on_gpu
+    times += [3.0, 1.0, 2.0]
+    place = tuner._machine(torch.device("cpu")), f"triton {P} float32 ieee"
+    tuning.shared.put(*place, "tiled 16x32x16 w8 s2 g8 k1", {"tiled 16x32x16 w8 s2 g8 k1": 0.1})
+    assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[1], True)
+    assert len(measured) == 3
+
+
+def test_nothing_is_measured_during_capture_and_later_it_is(as_on_gpu, monkeypatch) -> None:
+    times, measured = as_on_gpu
+    times += [3.0, 1.0, 2.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[0], False)
+    assert measured == []
+    assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[1], True)
+
+
+def test_data_that_cannot_be_compared_ends_in_the_default(as_on_gpu, caplog) -> None:
+    _, measured = as_on_gpu
+    x, *others = operands()
+    x[0, 0, 0, 0, 0] = float("inf")
+    finals = [tuner.config_for(P, "ieee", launch, (x, *others)) for _ in range(tuner._TRIES + 1)]
+    assert finals == [(SMALL[0], False)] * (tuner._TRIES - 1) + [(SMALL[0], True)] * 2
+    assert measured == []
+    assert caplog.text.count("not measured") == 1
+
+
+def test_a_layer_keeps_only_what_was_decided(as_on_gpu) -> None:
+    """A first call with infinities must not leave a layer with the default for ever."""
+    times, _ = as_on_gpu
+    times += [3.0, 1.0, 2.0]
+    kernel, tensors = backend.TritonConv3d(), operands()
+    pack, r = backend._Pack(*tensors[1:4]), request(device=torch.device("cpu"))
+    kernel.run(pack, torch.full_like(tensors[0], float("nan")), tensors[4], r)
+    assert not pack.launches
+    kernel.run(pack, tensors[0], tensors[4], r)
+    assert pack.launches[id(r)][2].config == SMALL[1]
+
+
+def test_the_functional_form_keeps_only_what_was_decided(as_on_gpu, monkeypatch) -> None:
+    times, _ = as_on_gpu
+    times += [3.0, 1.0, 2.0]
+    monkeypatch.setattr(conv3d, "_known", {})
+    x, weight, scale, bias, residual = operands()
+    geometry = {"padding": P.padding, "activation": P.activation}
+    conv3d.conv3d(torch.full_like(x, float("nan")), weight, scale, bias, residual, **geometry)
+    assert not conv3d._known
+    conv3d.conv3d(x, weight, scale, bias, residual, **geometry)
+    assert [run.config for run in conv3d._known.values()] == [SMALL[1]]
+    monkeypatch.setattr(conv3d, "chosen", lambda *a: pytest.fail("chosen again"))
+    monkeypatch.setattr(conv3d, "checked_problem", lambda *a: pytest.fail("checked again"))
+    conv3d.conv3d(x, weight, scale, bias, residual, **geometry)
+
+
+def test_a_known_call_is_known_by_all_of_its_arguments() -> None:
+    """What is remembered of a call must not let through another that does not fit."""
+    x, weight, scale, bias, residual = operands()
+    geometry = {"padding": P.padding, "activation": P.activation}
+    conv3d.conv3d(x, weight, scale, bias, residual, **geometry)
+    with pytest.raises(TypeError, match=r"weight: expected torch\.float32"):
+        conv3d.conv3d(x, weight.half(), scale, bias, residual, **geometry)
+    with pytest.raises(ValueError, match="residual: expected the output's shape"):
+        conv3d.conv3d(x, weight, scale, bias, residual[:1], **geometry)
+    with pytest.raises(TypeError, match=r"bias: expected torch\.float32"):
+        conv3d.conv3d(x, weight, scale, bias.double(), residual, **geometry)
+    with pytest.raises(ValueError, match=r"scale: expected shape \[16\], got \[15\]"):
+        conv3d.conv3d(x, weight, scale[1:], bias, residual, **geometry)
+
+
+def test_the_space_is_pruned_by_class() -> None:
+    """Few configurations for each class, none of a class that wants other tiles, and all of them within the machine."""
+    where = config.Machine(90, 132, config._SHARED[90])
+    stem = ConvProblem.parse("n8c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu")
+    wide = ConvProblem.parse("n8c128d8h28w28k256f3p1+relu")
+    narrow = ConvProblem.parse("n8c64d16h56w56k64f3p1+relu")
+    late = ConvProblem.parse("n1c512d2h7w7k512f3p1+relu")
+    found = {p: config.candidates(p, torch.bfloat16, "half", where) for p in (stem, wide, narrow, late)}
+    assert {c.kernel for c in found[stem]} == {"packed"}
+    assert max(c.bn for c in found[narrow]) == 64
+    assert min(c.bn for c in found[wide][:2]) == 128
+    assert any(c.split > 1 for c in found[late])
+    for p, able in found.items():
+        assert 2 <= len(able) <= 12
+        assert len(set(able)) == len(able)
+        assert all(c.shared(2) <= where.shared for c in able)
+        assert able[0] == config.default(p, torch.bfloat16, "half", where)
