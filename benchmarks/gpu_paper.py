@@ -5,6 +5,7 @@
 No GPU is needed and nothing is measured. Tiles, splits and clocks come from the rule that the kernel itself chooses by
 (csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together); 'share' is of the 790 TFLOP/s that large
 bfloat16 matrix products reach on an H200. Layers that the kernel does not take stand there without a prediction.
+Channels that are no multiple of 8 move as if they were.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COPY = 4.3e12  # bytes/s read and written on the same
 
 # csrc/cuda/conv3d_sm90.h
 CONSUMERS, DEPTH, SHARED, CONTROL = 2, 64, 227 << 10, 1024
+FEWEST_CHANNELS = 16  # of r3d_kernels/_sm90.py
 FLOPS_PER_CLOCK, SHARED_PER_CLOCK, L2_PER_CLOCK = 4096, 128, 28
 TILE_OVERHEAD, OUTPUTS_PER_CLOCK, SMALLEST_PART = 1200, 16, 4
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -163,9 +165,10 @@ class Row:
     def bytes(self) -> int:
         """The least that memory sees, in a two-byte dtype: input, weights and residual read once, output written."""
         p = self.problem
-        x = p.n * p.c * p.d * p.h * p.w
-        y = p.n * p.k * p.out_size[0] * p.out_size[1] * p.out_size[2]
-        weights = p.k * p.c * p.kernel[0] * p.kernel[1] * p.kernel[2]
+        c, k = 8 * ceil_div(p.c, 8), 8 * ceil_div(p.k, 8)
+        x = p.n * c * p.d * p.h * p.w
+        y = p.n * k * p.out_size[0] * p.out_size[1] * p.out_size[2]
+        weights = p.k * c * p.kernel[0] * p.kernel[1] * p.kernel[2]
         return 2 * (x + weights + y * (2 if p.residual else 1))
 
     @property
@@ -193,7 +196,7 @@ def rows(network: str, batch: int, sms: int = SMS) -> list[Row]:
     for name, problem in problems:
         names.setdefault(problem, name)
     return [
-        Row(names[problem], problem, count, None if problem.c % 8 or problem.k % 8 else plan(problem, sms))
+        Row(names[problem], problem, count, None if problem.c < FEWEST_CHANNELS else plan(problem, sms))
         for problem, count in unique(problems)
     ]
 

@@ -945,9 +945,45 @@ std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints paddi
 }
 
 #ifdef R3D_WITH_CUDA
-// TMA reads from multiples of 16 bytes; a view may begin anywhere.
-Tensor aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? torch::stable::clone(t) : t;
+// Elements from a pixel of t [N, C, D, H, W] to the next where it lies as TMA reads it: channels innermost,
+// pixels one after the other at multiples of 16 bytes. Else 0.
+int64_t tma_pitch(const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 || (t.size(1) > 1 && t.stride(1) != 1)) return 0;
+  int64_t pixels = 1, pitch = cuda::sm90_pitch(t.size(1));  // of a single pixel
+  for (int64_t axis : {4, 3, 2, 0}) {
+    if (t.size(axis) == 1) continue;
+    if (pixels == 1) pitch = t.stride(axis);
+    if (t.stride(axis) != pitch * pixels) return 0;
+    pixels *= t.size(axis);
+  }
+  return pitch % 8 == 0 && pitch >= t.size(1) ? pitch : 0;
+}
+
+// [N, C, D, H, W] at a pitch of whole 16 bytes.
+Tensor empty_rows(const Ints& shape, const Tensor& like) {
+  Ints wide = shape;
+  wide[1] = cuda::sm90_pitch(shape[1]);
+  Tensor rows = empty_channels_last(wide, like);
+  return wide[1] == shape[1] ? rows : torch::stable::narrow(rows, 1, 0, shape[1]);
+}
+
+// t itself where TMA can read it, else a copy.
+Tensor tma_rows(const Tensor& t, DType dtype, void* stream) {
+  if (t.numel() == 0 || tma_pitch(t)) return t;
+  Tensor rows = empty_rows(sizes(t), t);
+  const cuda::sm80::Rows copy{t.size(0),
+                              t.size(1),
+                              {t.size(2), t.size(3), t.size(4)},
+                              {t.stride(0), t.stride(1), t.stride(2), t.stride(3), t.stride(4)},
+                              t.const_data_ptr(),
+                              0,
+                              t.size(4),
+                              cuda::sm90_pitch(t.size(1)),
+                              rows.mutable_data_ptr()};
+  const char* error = cuda::sm80::to_rows(copy, dtype, stream);
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: copying a tensor of shape ", text(sizes(t)), ": ",
+            error ? error : "");
+  return rows;
 }
 
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
@@ -970,16 +1006,17 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
     return plain(t);
   };
   const Tensor s = vector(scale, "scale"), b = vector(bias, "bias");
-  const Tensor xl = aligned(channels_last(x)), wl = aligned(channels_last(weight));
-  Tensor r = xl;
   if (residual) {
     check_same(*residual, "residual", x);
     check_residual_shape(sizes(*residual), output_shape(a.g));
-    r = aligned(channels_last(*residual));
-    a.residual = r.const_data_ptr();
   }
-  Tensor y = empty_channels_last(output_shape(a.g), x);
+  Tensor y = empty_rows(output_shape(a.g), x);
   if (y.numel() == 0) return y;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const Tensor xl = tma_rows(x, a.dtype, stream), wl = tma_rows(weight, a.dtype, stream);
+  const Tensor r = residual ? tma_rows(*residual, a.dtype, stream) : xl;
+  if (residual) a.residual = r.const_data_ptr();
   const cuda::Sm90Plan plan = cuda::conv3d_sm90_plan(a.g, unsigned(tiles), int(split));
   R3D_CHECK(plan.tile >= 0, "tiles: none of those asked for can run x ", text(sizes(x)), ", weight ",
             text(sizes(weight)));
@@ -994,10 +1031,9 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   a.weight = wl.const_data_ptr();
   a.bias = static_cast<const float*>(b.const_data_ptr());
   a.y = y.mutable_data_ptr();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const cuda::Sm90Pitch pitch{tma_pitch(xl), tma_pitch(wl), tma_pitch(r), cuda::sm90_pitch(a.g.k)};
   const char* error =
-      cuda::conv3d_sm90(a, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
+      cuda::conv3d_sm90(a, pitch, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
   R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: ", error ? error : "");
   return y;
 }
