@@ -105,10 +105,28 @@ def test_the_goals_of_the_issue_are_within_reach():
     assert checked >= 6
 
 
+def test_rows_that_pooled_tiles_share():
+    # 56 rows, windows of 3 with stride 2 and padding 1: tiles of 4 read 9 rows, the first and the last fewer.
+    assert gpu_paper._reads(56, 28, 4, 3, 2, 1) == (8 + 6 * 9, 9)
+    assert gpu_paper._reads(56, 28, 28, 3, 2, 1) == (56, 56)
+    assert gpu_paper._reads(8, 8, 1, 1, 1, 0) == (8, 1)
+
+
+def test_a_stem_with_its_max_pool_in_one_kernel_does_not_pay():
+    for network in ("hara_r3d_18", "seed_r3d_18", "hara_r3d_50"):
+        for batch in (1, 8, 32):
+            pool = gpu_paper.fused_pool(network, batch)
+            assert 1 <= pool.recomputed < 2
+            assert pool.separate < pool.network
+            assert -0.05 < pool.gain < 0.03  # the pass of its own stays
+    assert gpu_paper.fused_pool("r3d_18", 8) is None
+
+
 def test_prints(capsys):
     assert gpu_paper.main(["--networks", "r3d_18,hara_r3d_50", "--batches", "1,32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("predicted, not measured") == 4
     assert printed.count("another kernel's") == 4  # the stems
+    assert printed.count("stem and max-pool:") == 2  # r3d_18 has none
     assert "n32c64d16h56w56k64f3s1p1+res+relu" in printed
     assert "352x64 /3" in printed
