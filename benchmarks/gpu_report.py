@@ -902,7 +902,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
     ]
     sections[2:2] = gpu_sm80.sections(sys.modules[__name__])
 
-    for name, batch in (("r3d_18", 32), ("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8)):
+    for name, batch in (("r3d_18", 32), ("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8)):
         title = f"conv3d_sm90 speed, {name} batch {batch}"
         sections.append(Section(title, functools.partial(sm90_speed, name, batch), needs=10))
 

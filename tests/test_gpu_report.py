@@ -219,6 +219,7 @@ def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")["cases"] == 20
     assert gpu_sm80.check_repetitions(gpu_report, 2, device="cpu", kernel="direct") == {"repetitions": 2}
     assert gpu_sm80.check_pool_and_head(gpu_report, device="cpu") == {"cases": 24}
+    assert gpu_sm80.check_clips(gpu_report, device="cpu")["worst"] < 1e-5
     with pytest.raises(NotHere, match="sm80: needs a CUDA tensor, got cpu"):
         gpu_sm80.check_conv3d(gpu_report, device="cpu")
 
