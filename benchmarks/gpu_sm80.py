@@ -8,6 +8,7 @@ needs no GPU: what the kernel's own prediction, which chooses its tiles, says of
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import math
 from types import ModuleType
@@ -166,6 +167,47 @@ def check_pool_and_head(report: ModuleType, device: str = "cuda") -> dict[str, A
     return {"cases": cases}
 
 
+CLIP_MEAN, CLIP_STD = (110.2, 100.6, 96.9), (58.4, 57.2, 57.5)
+
+
+def check_clips(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+    """A decoder's uint8 clip, normalised by the stem: every layout against float64, and as a CUDA graph."""
+    from r3d_kernels import ResNet3D, backends
+
+    errors = {}
+    frames = torch.randint(
+        0, 256, (2, 8, 56, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    clip = frames.permute(0, 4, 1, 2, 3)
+    for stem in ("hara", "seed18", "torchvision"):
+        torch.manual_seed(0)
+        model = ResNet3D(9, depth=10, stem=stem, widen_factor=0.5, clip_mean=CLIP_MEAN, clip_std=CLIP_STD)
+        model.eval()
+        with torch.no_grad():
+            want = copy.deepcopy(model).double()(clip)
+        for dtype in DTYPES if device == "cuda" else (torch.float32,):
+            ours = copy.deepcopy(model).to(device=device, dtype=dtype)
+            for name, x in (("planes", clip.contiguous()), ("pixels", clip)):
+                x = x.to(device)
+                found = {}
+                for ours.fused in (False, True):
+                    with torch.no_grad():
+                        y = ours(x)
+                    found[ours.fused] = measure.relative_error(y.cpu(), want)
+                errors[f"{stem} {str(dtype).removeprefix('torch.')} {name}"] = found[True]
+                tf32 = TF32_ERROR if device == "cuda" and backends.tf32_allowed() else 1e-5
+                floor = tf32 if dtype == torch.float32 else torch.finfo(dtype).eps
+                if not found[True] <= 2 * found[False] + floor:
+                    raise report.Failed(
+                        f"{stem} {dtype} {name}: error {found[True]:.1e}, stock {found[False]:.1e}"
+                    )
+            if device == "cuda" and not torch.equal(ours.graphed(x)(x), y):
+                raise report.Failed(
+                    f"{stem} {dtype}: the graph of a uint8 clip gives another result than the pass"
+                )
+    return {"cases": len(errors), "worst": max(errors.values()), "errors": errors}
+
+
 def layer_speed(report: ModuleType, batch: int) -> dict[str, Any]:
     """r3d_18's layers in bfloat16: ours, cuDNN with our epilogue, and stock; share of a matrix product's rate."""
     rate = report.roofline()["matmul_tflop_per_s"]["bfloat16"]
@@ -230,6 +272,7 @@ def sections(report: ModuleType) -> list[Any]:
         section("sm80 convolution against float64", check_conv3d, 20),
         section("sm80 convolution: 200 repetitions, bitwise", check_repetitions, 5),
         section("max-pool and head", check_pool_and_head, 5),
+        section("uint8 clips against float64", check_clips, 10),
         *(
             report.Section(f"sm80 layers, batch {n}", functools.partial(layer_speed, report, n), 10)
             for n in (8, 1, 32)

@@ -615,20 +615,40 @@ Tensor conv3d_sm80_pack_cuda(Tensor weight, ScalarType dtype, Ints stride, Ints 
   return packed;
 }
 
-Tensor conv3d_sm80_cuda(Tensor x, Tensor packed, std::optional<Tensor> scale, Tensor bias,
-                        std::optional<Tensor> residual, int64_t out_channels, Ints kernel_size, Ints stride,
-                        Ints padding, Ints dilation, std::string activation, int64_t tile) {
+// The code of csrc/cuda/conv3d_sm80.h for what a clip is made of.
+int clip_source(const Tensor& x, const char* argument) {
+  return x.scalar_type() == ScalarType::Byte ? 3 : static_cast<int>(dtype_of(x, argument, true));
+}
+
+// One number a channel of x, float32; null where there are none.
+const float* clip_vector(const std::optional<Tensor>& t, const char* argument, const Tensor& x) {
+  if (!t) return nullptr;
+  R3D_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == x.size(1) &&
+                t->is_contiguous() && t->is_cuda() && t->get_device() == x.get_device(),
+            argument, ": expected a contiguous float32 tensor of shape [", x.size(1),
+            "] on the device of x, got ", name(t->scalar_type()), " of shape ", text(sizes(*t)));
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+// x is of the dtype of packed, or a clip that becomes so.
+Tensor sm80(const Tensor& x, const cuda::sm80::ClipSource& clip, const Tensor& packed,
+            const std::optional<Tensor>& scale, const Tensor& bias, const std::optional<Tensor>& residual,
+            int64_t out_channels, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+            const Ints& dilation, const std::string& activation, int64_t tile) {
   const Ints input = sizes(x);
   R3D_CHECK(input.size() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(input));
   R3D_CHECK(tile >= -1 && tile < 3, "tile: expected -1 (the predicted one) to 2, got ", tile);
   cuda::sm80::Call call{};
+  call.clip = clip;
   ConvArgs& a = call.conv;
   a.activation = activation_of(activation);
   a.g = geometry(input, out_channels, input[1], kernel_size, stride, padding, dilation, 1);
-  a.dtype = dtype_of(x, "x", true);
+  a.dtype = clip.from < 0 ? dtype_of(x, "x", true) : dtype_of(packed, "packed", true);
   check_sm80(a.g, a.dtype);
   const Ints expected{a.g.k, cuda::sm80::layout_of(a.g, a.dtype).row_elements};
-  check_same(packed, "packed", x);
+  if (clip.from < 0) check_same(packed, "packed", x);
+  R3D_CHECK(packed.is_cuda() && packed.get_device() == x.get_device(),
+            "packed: expected a tensor on the device of x");
   R3D_CHECK(sizes(packed) == expected && packed.is_contiguous(),
             "packed: expected the tensor that conv3d_sm80_pack returned for this geometry, of shape ",
             text(expected), ", got ", text(sizes(packed)));
@@ -647,12 +667,12 @@ Tensor conv3d_sm80_cuda(Tensor x, Tensor packed, std::optional<Tensor> scale, Te
   void* stream = current_stream(x);
   Tensor r = x;
   if (residual) {
-    check_same(*residual, "residual", x);
+    check_same(*residual, "residual", packed);
     check_residual_shape(sizes(*residual), output_shape(a.g));
     r = channels_last(*residual);
     a.residual = r.const_data_ptr();
   }
-  Tensor y = empty_channels_last(output_shape(a.g), x);
+  Tensor y = empty_channels_last(output_shape(a.g), packed);
   if (y.numel() == 0) return y;
   a.x = x.const_data_ptr();
   call.x = {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
@@ -667,9 +687,28 @@ Tensor conv3d_sm80_cuda(Tensor x, Tensor packed, std::optional<Tensor> scale, Te
   Tensor scratch = y;  // torch's allocator keeps it for this stream, in a graph capture too
   if (bytes) scratch = torch::stable::empty(Ints{bytes}, ScalarType::Byte, std::nullopt, x.device());
   const char* error = cuda::sm80::run(call, bytes ? scratch.mutable_data_ptr() : nullptr, stream);
-  R3D_CHECK(!error, "r3d_kernels::conv3d_sm80 on ", geometry_text(a.g), ' ', name(x.scalar_type()), ": ",
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm80 on ", geometry_text(a.g), ' ', name(y.scalar_type()), ": ",
             error ? error : "");
   return y;
+}
+
+Tensor conv3d_sm80_cuda(Tensor x, Tensor packed, std::optional<Tensor> scale, Tensor bias,
+                        std::optional<Tensor> residual, int64_t out_channels, Ints kernel_size, Ints stride,
+                        Ints padding, Ints dilation, std::string activation, int64_t tile) {
+  return sm80(x, {}, packed, scale, bias, residual, out_channels, kernel_size, stride, padding, dilation,
+              activation, tile);
+}
+
+// The same of a clip as a decoder leaves it: of x * clip_scale[c] + clip_shift[c], in the dtype of packed.
+Tensor conv3d_sm80_clip_cuda(Tensor x, std::optional<Tensor> clip_scale, std::optional<Tensor> clip_shift,
+                             Tensor packed, std::optional<Tensor> scale, Tensor bias, int64_t out_channels,
+                             Ints kernel_size, Ints stride, Ints padding, Ints dilation,
+                             std::string activation, int64_t tile) {
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  const cuda::sm80::ClipSource clip{clip_source(x, "x"), clip_vector(clip_scale, "clip_scale", x),
+                                    clip_vector(clip_shift, "clip_shift", x)};
+  return sm80(x, clip, packed, scale, bias, std::nullopt, out_channels, kernel_size, stride, padding,
+              dilation, activation, tile);
 }
 
 Tensor max_pool3d_cuda(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
@@ -703,18 +742,10 @@ Tensor clip_channels_last_cuda(Tensor x, std::optional<Tensor> scale, std::optio
             "dtype: expected float32, bfloat16 or float16, got ", name(dtype));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   void* stream = current_stream(x);
-  const auto vector = [&](const std::optional<Tensor>& t, const char* argument) -> const float* {
-    if (!t) return nullptr;
-    R3D_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == x.size(1) &&
-                  t->is_contiguous() && t->is_cuda() && t->get_device() == x.get_device(),
-              argument, ": expected a contiguous float32 tensor of shape [", x.size(1),
-              "] on the device of x, got ", name(t->scalar_type()), " of shape ", text(sizes(*t)));
-    return static_cast<const float*>(t->const_data_ptr());
-  };
   cuda::sm80::ClipArgs a{};
-  a.scale = vector(scale, "scale");
-  a.shift = vector(shift, "shift");
-  a.from = x.scalar_type() == ScalarType::Byte ? 3 : static_cast<int>(dtype_of(x, "x", true));
+  a.scale = clip_vector(scale, "scale", x);
+  a.shift = clip_vector(shift, "shift", x);
+  a.from = clip_source(x, "x");
   Tensor y = torch::stable::empty(sizes(x), dtype, std::nullopt, x.device(), std::nullopt,
                                   MemoryFormat::ChannelsLast3d);
   if (!y.numel()) return y;
@@ -896,6 +927,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
       "conv3d_sm80(Tensor x, Tensor packed, Tensor? scale, Tensor bias, Tensor? residual, int out_channels, "
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, str activation, int tile=-1) -> "
       "Tensor");
+  m.def(
+      "conv3d_sm80_clip(Tensor x, Tensor? clip_scale, Tensor? clip_shift, Tensor packed, Tensor? scale, "
+      "Tensor bias, int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "str activation, int tile=-1) -> Tensor");
   m.def("clip_channels_last(Tensor x, Tensor? scale, Tensor? shift, ScalarType dtype) -> Tensor");
   m.def("conv3d_sm80_row(int[] weight, ScalarType dtype, int[] stride, int[] dilation) -> int");
   m.def(
@@ -909,6 +944,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) {
   m.impl("conv3d_sm80_pack", TORCH_BOX(&r3d::conv3d_sm80_pack_cuda));
   m.impl("conv3d_sm80", TORCH_BOX(&r3d::conv3d_sm80_cuda));
+  m.impl("conv3d_sm80_clip", TORCH_BOX(&r3d::conv3d_sm80_clip_cuda));
   m.impl("clip_channels_last", TORCH_BOX(&r3d::clip_channels_last_cuda));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cuda));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cuda));
@@ -945,9 +981,45 @@ std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints paddi
 }
 
 #ifdef R3D_WITH_CUDA
-// TMA reads from multiples of 16 bytes; a view may begin anywhere.
-Tensor aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? torch::stable::clone(t) : t;
+// Elements from a pixel of t [N, C, D, H, W] to the next where it lies as TMA reads it: channels innermost,
+// pixels one after the other at multiples of 16 bytes. Else 0.
+int64_t tma_pitch(const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 || (t.size(1) > 1 && t.stride(1) != 1)) return 0;
+  int64_t pixels = 1, pitch = cuda::sm90_pitch(t.size(1));  // of a single pixel
+  for (int64_t axis : {4, 3, 2, 0}) {
+    if (t.size(axis) == 1) continue;
+    if (pixels == 1) pitch = t.stride(axis);
+    if (t.stride(axis) != pitch * pixels) return 0;
+    pixels *= t.size(axis);
+  }
+  return pitch % 8 == 0 && pitch >= t.size(1) ? pitch : 0;
+}
+
+// [N, C, D, H, W] at a pitch of whole 16 bytes.
+Tensor empty_rows(const Ints& shape, const Tensor& like) {
+  Ints wide = shape;
+  wide[1] = cuda::sm90_pitch(shape[1]);
+  Tensor rows = empty_channels_last(wide, like);
+  return wide[1] == shape[1] ? rows : torch::stable::narrow(rows, 1, 0, shape[1]);
+}
+
+// t itself where TMA can read it, else a copy.
+Tensor tma_rows(const Tensor& t, DType dtype, void* stream) {
+  if (t.numel() == 0 || tma_pitch(t)) return t;
+  Tensor rows = empty_rows(sizes(t), t);
+  const cuda::sm80::Rows copy{t.size(0),
+                              t.size(1),
+                              {t.size(2), t.size(3), t.size(4)},
+                              {t.stride(0), t.stride(1), t.stride(2), t.stride(3), t.stride(4)},
+                              t.const_data_ptr(),
+                              0,
+                              t.size(4),
+                              cuda::sm90_pitch(t.size(1)),
+                              rows.mutable_data_ptr()};
+  const char* error = cuda::sm80::to_rows(copy, dtype, stream);
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: copying a tensor of shape ", text(sizes(t)), ": ",
+            error ? error : "");
+  return rows;
 }
 
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
@@ -970,16 +1042,17 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
     return plain(t);
   };
   const Tensor s = vector(scale, "scale"), b = vector(bias, "bias");
-  const Tensor xl = aligned(channels_last(x)), wl = aligned(channels_last(weight));
-  Tensor r = xl;
   if (residual) {
     check_same(*residual, "residual", x);
     check_residual_shape(sizes(*residual), output_shape(a.g));
-    r = aligned(channels_last(*residual));
-    a.residual = r.const_data_ptr();
   }
-  Tensor y = empty_channels_last(output_shape(a.g), x);
+  Tensor y = empty_rows(output_shape(a.g), x);
   if (y.numel() == 0) return y;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const Tensor xl = tma_rows(x, a.dtype, stream), wl = tma_rows(weight, a.dtype, stream);
+  const Tensor r = residual ? tma_rows(*residual, a.dtype, stream) : xl;
+  if (residual) a.residual = r.const_data_ptr();
   const cuda::Sm90Plan plan = cuda::conv3d_sm90_plan(a.g, unsigned(tiles), int(split));
   R3D_CHECK(plan.tile >= 0, "tiles: none of those asked for can run x ", text(sizes(x)), ", weight ",
             text(sizes(weight)));
@@ -994,10 +1067,9 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   a.weight = wl.const_data_ptr();
   a.bias = static_cast<const float*>(b.const_data_ptr());
   a.y = y.mutable_data_ptr();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  const cuda::Sm90Pitch pitch{tma_pitch(xl), tma_pitch(wl), tma_pitch(r), cuda::sm90_pitch(a.g.k)};
   const char* error =
-      cuda::conv3d_sm90(a, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
+      cuda::conv3d_sm90(a, pitch, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
   R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: ", error ? error : "");
   return y;
 }

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from r3d_kernels import _check, _cpu, _extension, _fork, backends
 from r3d_kernels.problems import ConvProblem
+
+if TYPE_CHECKING:
+    from r3d_kernels.ops.clip import ClipSource
 
 __all__ = ["LayerState", "layer_packs", "layer_plans", "state_of"]
 
@@ -36,6 +39,22 @@ class _Snapshot:
         self.packs: dict[tuple[str, object], Any] = {}
         # (input shape, dtype, ...) -> (kernel, its pack, request, choice)
         self.plans: dict[object, tuple[backends.Kernel, Any, backends.Request, backends.Choice]] = {}
+
+
+def _call(
+    kernel: backends.Kernel,
+    pack: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    request: backends.Request,
+    source: ClipSource | None,
+) -> Tensor:
+    if source is None:
+        return kernel.run(pack, x, residual, request)
+    run_clip = getattr(kernel, "run_clip", None)
+    if run_clip is not None and residual is None:
+        return run_clip(pack, x, source, request)
+    return kernel.run(pack, source.convert(x), residual, request)
 
 
 class LayerState:
@@ -111,8 +130,12 @@ class LayerState:
         dilation: Triple,
         groups: int,
         activation: str | None,
+        source: ClipSource | None = None,
     ) -> Tensor:
         """act(bn(conv(x)) + residual) by the kernel chosen for this shape. No gradient.
+
+        With `source`, x is a raw clip of any dtype on a GPU, and the layer is that of x as `source` says. It is chosen
+        for as if x were converted already: what a kernel that reads clips saves is not counted.
 
         Raises:
             ValueError: where the shapes make no convolution, before any kernel runs.
@@ -120,20 +143,22 @@ class LayerState:
         asked = backends.current_backend()
         snapshot = self.snapshot(weight, conv_bias, norm)
         shape = None if residual is None else residual.shape
+        dtype = x.dtype if source is None else source.dtype
         tf32 = x.is_cuda and backends.tf32_allowed()
         settings = (asked, torch.get_num_threads(), *backends.settings(), tf32)
-        key = (x.shape, x.dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
+        key = (x.shape, dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
         plan = snapshot.plans.get(key)
         if plan is not None and not torch.is_grad_enabled():
             kernel, pack, request, _ = plan
-            return kernel.run(pack, x, residual, request)
+            return _call(kernel, pack, x, residual, request, source)
         with torch.no_grad():
             if plan is None:
+                example = x if source is None else source.convert(x)
                 plan = self._plan(
-                    snapshot, key, asked, x, residual, stride, padding, dilation, groups, activation
+                    snapshot, key, asked, example, residual, stride, padding, dilation, groups, activation
                 )
             kernel, pack, request, _ = plan
-            return kernel.run(pack, x, residual, request)
+            return _call(kernel, pack, x, residual, request, source)
 
     def _plan(
         self,

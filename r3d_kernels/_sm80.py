@@ -12,6 +12,7 @@ from r3d_kernels import _extension
 
 if TYPE_CHECKING:
     from r3d_kernels.backends import Layer, Request
+    from r3d_kernels.ops.clip import ClipSource
 
 
 TILES = ("128x128", "128x64", "64x64")  # pixels x output channels, in the order of csrc/cuda/conv3d_sm80.h
@@ -93,16 +94,14 @@ class TensorCoreSm80:
         return packed, None if layer.scale is None else layer.scale.float(), layer.shift.float()
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        return torch.ops.r3d_kernels.conv3d_sm80(
-            x,
-            *pack,
-            residual,
-            p.k,
-            p.kernel,
-            p.stride,
-            p.padding,
-            p.dilation,
-            p.activation or "none",
-            self.tile,
+        return torch.ops.r3d_kernels.conv3d_sm80(x, *pack, residual, *self._geometry(request))
+
+    def run_clip(self, pack: Any, clip: Tensor, source: ClipSource, request: Request) -> Tensor:
+        """Reads the clip where the decoder left it: normalised on the way to the rows that it copies x to anyway."""
+        return torch.ops.r3d_kernels.conv3d_sm80_clip(
+            clip, source.scale, source.shift, *pack, *self._geometry(request)
         )
+
+    def _geometry(self, request: Request) -> tuple:
+        p = request.problem
+        return p.k, p.kernel, p.stride, p.padding, p.dilation, p.activation or "none", self.tile

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Sm90Cuda"]
 
+_FEWEST_CHANNELS = 16  # a quarter of a step, which always multiplies 64
+
 
 class Sm90Cuda:
-    """Our implicit GEMM on TMA and wgmma (csrc/cuda/conv3d_sm90.cu). Weights stay unfolded: it scales in float32."""
+    """Our implicit GEMM on TMA and wgmma (csrc/cuda/conv3d_sm90.cu). Weights stay unfolded: it scales in float32.
+
+    Channels that are no multiple of 8 lie in pixels of whole 16 bytes: weights are packed so, outputs are
+    ``[:, :K]`` of such a tensor, and an input is read in place where it is one, that is behind a layer of this kernel.
+    """
 
     name = "wgmma"
     backend = "cuda"
@@ -36,35 +43,43 @@ class Sm90Cuda:
             return f"has bfloat16 and float16 only, got {request.dtype}"
         if p.groups != 1:
             return f"has groups=1 only, got {p.groups}"
+        if p.c < _FEWEST_CHANNELS:
+            return f"multiplies 64 channels at a time, more than it is worth for {p.c}"
         why_not = torch.ops.r3d_kernels.conv3d_sm90_refuses(
             p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, request.dtype
         )
-        return why_not or self._unproven(request.device)
+        return why_not or self._unproven(request)
 
     @staticmethod
     def _index(device: torch.device) -> int:
         return torch.cuda.current_device() if device.index is None else device.index
 
-    def _unproven(self, device: torch.device) -> str | None:
+    @staticmethod
+    def _padded(request: Request) -> bool:
+        return request.problem.c % 8 != 0 or request.problem.k % 8 != 0
+
+    def _unproven(self, request: Request) -> str | None:
         from r3d_kernels.ops import conv3d_sm90
 
-        index = self._index(device)
-        if index not in conv3d_sm90.proven and torch.cuda.is_current_stream_capturing():
+        index, padded = self._index(request.device), self._padded(request)
+        if (index, padded) not in conv3d_sm90.proven and torch.cuda.is_current_stream_capturing():
             return "is not tried for the first time while a CUDA graph is captured"
-        if not conv3d_sm90.proven_tiles(index):
+        if not conv3d_sm90.proven_tiles(index, padded):
             return "gave wrong results on a small convolution on this GPU"
         return None
 
     def pack_key(self, request: Request) -> Hashable:
-        return request.dtype
+        return request.dtype, self._padded(request)
 
     def pack(self, layer: Layer, request: Request) -> Any:
         from r3d_kernels.ops import conv3d_sm90
 
-        # [K, T, R, S, C] in memory
-        weight = layer.weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)
+        # [K, T, R, S, C] in memory, C at a multiple of 8
+        c = request.problem.c
+        weight = F.pad(layer.weight.to(request.dtype), (0,) * 7 + (-c % 8,)) if c % 8 else layer.weight
+        weight = weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)[:, :c]
         scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
-        tiles = conv3d_sm90.proven_tiles(self._index(request.device))
+        tiles = conv3d_sm90.proven_tiles(self._index(request.device), self._padded(request))
         return weight, scale.float(), layer.shift.float(), tiles
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:

@@ -166,6 +166,8 @@ class Kernel(Protocol):
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         """act(conv(x) * scale + shift + residual), channels-last."""
 
+    # A kernel may also have run_clip(pack, clip, source, request), which takes a raw clip as a ClipSource says.
+
 
 class Work(NamedTuple):
     """What a kernel has to do for a request, after what its algorithm saves."""

@@ -82,6 +82,7 @@ class GraphedModel:
         _require_cuda(example)
         self.model = model
         self.max_shapes = max_shapes
+        self._normalising = [m for m in model.modules() if hasattr(m, "clip_mean")]
         self._graphs: OrderedDict[Any, _Captured] = OrderedDict()
         self._version: Any = None
         self._lock = threading.Lock()
@@ -89,7 +90,8 @@ class GraphedModel:
 
     def _parameters_version(self) -> Any:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        clips = tuple((m.clip_mean, m.clip_std) for m in self._normalising)
+        return clips, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from r3d_kernels import _check, _extension
 from r3d_kernels._layer import state_of
 from r3d_kernels.backends import current_backend
+from r3d_kernels.ops.clip import ClipSource, Values, normalized_clip
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
 from r3d_kernels.ops.pool import max_pool3d as _max_pool3d
 from r3d_kernels.triton.backend import why_not_here
 
-__all__ = ["ConvBNAct3d", "avg_pool_linear", "conv_bn_act", "max_pool3d"]
+__all__ = ["ConvBNAct3d", "avg_pool_linear", "clip_conv_bn_act", "conv_bn_act", "max_pool3d"]
 
 _NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -204,6 +205,18 @@ def conv_bn_act(
     if residual is not None:
         _check.same_dtype(residual, "residual", dtype)
         _check.same_device(residual, "residual", x.device)
+    return _run_fused(x, conv, bn, activation, residual)
+
+
+def _run_fused(
+    x: Tensor,
+    conv: nn.Conv3d,
+    bn: nn.BatchNorm3d | None,
+    activation: str | None,
+    residual: Tensor | None,
+    source: ClipSource | None = None,
+) -> Tensor:
+    weight = conv._parameters["weight"]
     _check.same_device(weight, "conv.weight", x.device)
     norm = None
     if bn is not None:
@@ -216,7 +229,38 @@ def conv_bn_act(
             bn.eps,
         )
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return state_of(conv).run(x, residual, weight, conv._parameters["bias"], norm, *geometry, activation)
+    return state_of(conv).run(
+        x, residual, weight, conv._parameters["bias"], norm, *geometry, activation, source
+    )
+
+
+def clip_conv_bn_act(
+    clip: Tensor,
+    mean: Values | None,
+    std: Values | None,
+    conv: nn.Conv3d,
+    bn: nn.BatchNorm3d | None,
+    *,
+    activation: str | None = "relu",
+    fused: bool = True,
+) -> Tensor:
+    """`conv_bn_act` of ``(clip - mean) / std``, a network's first layer. clip: [N, C, D, H, W], a decoder's, uint8.
+
+    Padding is zero behind the normalisation. On a GPU our convolutions normalise while they lay the clip out for
+    themselves, so it is read once; elsewhere torch's own operators do it before.
+
+    Args:
+        mean, std: one number a channel, for values of 0 to 255, or None.
+        conv, bn, activation, fused: as for `conv_bn_act`; also its result and its errors.
+    """
+    dtype = conv.weight.dtype
+    if fused and _extension.runs_cuda(clip) and _why_stock(clip, conv, bn, None) is None:
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+        if dtype in (torch.float32, torch.bfloat16, torch.float16):
+            _check.activation(activation)
+            return _run_fused(clip, conv, bn, activation, None, ClipSource.of(clip, mean, std, dtype))
+    return conv_bn_act(normalized_clip(clip, mean, std, dtype), conv, bn, activation=activation, fused=fused)
 
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:

@@ -306,6 +306,7 @@ def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")["cases"] == 20
     assert gpu_sm80.check_repetitions(gpu_report, 2, device="cpu", kernel="direct") == {"repetitions": 2}
     assert gpu_sm80.check_pool_and_head(gpu_report, device="cpu") == {"cases": 24}
+    assert gpu_sm80.check_clips(gpu_report, device="cpu")["worst"] < 1e-5
     with pytest.raises(NotHere, match="sm80: needs a CUDA tensor, got cpu"):
         gpu_sm80.check_conv3d(gpu_report, device="cpu")
 
@@ -422,7 +423,8 @@ def test_the_hopper_cases_and_a_wrong_result(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_sm90, "CORNERS", gpu_sm90.CORNERS[:6])
     rows = gpu_sm90.check(device="cpu")
     assert all(row["worst"] <= 1 for row in rows)
-    assert {row["tile"] for row in rows} == {"chosen"} | {"x".join(map(str, t)) for t in gpu_sm90.TILES}
+    tiles = {"x".join(map(str, t)) for t in gpu_sm90.TILES}
+    assert {row["tile"] for row in rows} == {"chosen", "chosen, copied"} | tiles
     # Corners with three different paddings come first.
     assert len(set(gpu_sm90.ConvProblem.parse(rows[0]["problem"]).padding)) == 3
     assert set(gpu_sm90.different_bits(2, device="cpu").values()) == {0}
@@ -446,6 +448,10 @@ def test_the_stock_twin_of_a_hopper_case_is_the_same_layer() -> None:
     p = gpu_sm90.ConvProblem.parse("n2c24d4h5w6k24f1x3x5p0x2x1+res+relu")
     w = gpu_sm90.work(p, torch.float32, device="cpu")
     assert measure.relative_error(w.stock(), w.exact[0]) < 1e-5
+    w = gpu_sm90.work(gpu_sm90.ConvProblem.parse("n2c13d4h5w6k11f3p1+res"), torch.float32, device="cpu")
+    dense = w.dense()
+    assert (w.x.stride(4), dense.x.stride(4), dense.residual.stride(4)) == (16, 13, 11)
+    assert torch.equal(w.stock(), dense.stock())
 
 
 def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,7 +410,8 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kChunk == 
 bool lies_well(const Call& call, const Layout& l) {
   const ConvGeometry& g = call.conv.g;
   const int64_t per_chunk = kChunk / element_size(call.conv.dtype);
-  if (l.rows || l.pixel != g.c || !aligned(call.conv.x) || (call.x.c != 1 && g.c > 1)) return false;
+  if (call.clip.from >= 0 || l.rows || l.pixel != g.c) return false;
+  if (!aligned(call.conv.x) || (call.x.c != 1 && g.c > 1)) return false;
   for (int64_t s : {call.x.n, call.x.d, call.x.h, call.x.w})
     if (s % per_chunk) return false;
   return true;
@@ -494,7 +495,9 @@ const char* run(const Call& call, void* workspace, void* stream) {
   if (!lies_well(call, l)) {
     Rows rows = rows_of(call, l);
     rows.y = scratch;
-    if (const char* error = to_rows(rows, call.conv.dtype, stream)) return error;
+    const ClipSource& s = call.clip;
+    const int from = s.from < 0 ? int(call.conv.dtype) : s.from;
+    if (const char* error = clip({rows, from, call.conv.dtype, s.scale, s.shift}, stream)) return error;
     x = scratch;
     scratch += rows_bytes(rows, call.conv.dtype);
     const int64_t row = rows.width * rows.pixel;

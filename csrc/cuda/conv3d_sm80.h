@@ -124,12 +124,21 @@ struct Strides {
   int64_t n, c, d, h, w;  // elements
 };
 
+// Where conv.x is a decoder's clip, of another dtype perhaps: what it is on its way to the rows that the
+// kernel reads, which are of conv.dtype and zero where they are padding.
+struct ClipSource {
+  int from = -1;  // of ClipArgs; -1: x is of conv.dtype and taken as it is
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+};
+
 struct Call {
   ConvArgs conv;       // conv.x may lie in any way; conv.weight is what pack() wrote
   Strides x;           // of conv.x
   const float* scale;  // [K] or null: 1
   int multiprocessors;
   Choice choice;
+  ClipSource clip;
 };
 
 // Of the current device; 0 where there is none.

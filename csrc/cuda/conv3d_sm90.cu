@@ -365,8 +365,10 @@ struct Maps {
   TensorMap x, weight, residual, y;
 };
 
-const char* encode(Maps* maps, const ConvArgs& a, const Sm90Plan& plan) {
+const char* encode(Maps* maps, const ConvArgs& a, const Sm90Pitch& pitch, const Sm90Plan& plan) {
   const ConvGeometry& g = a.g;
+  if (pitch.x < g.c || pitch.weight < g.c || pitch.y < g.k || (a.residual && pitch.residual < g.k))
+    return "a pitch is shorter than its channels";
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const Sm90Layout layout = sm90_layout(tile);
   const bool rows = tile.taps > 1;
@@ -378,7 +380,7 @@ const char* encode(Maps* maps, const ConvArgs& a, const Sm90Plan& plan) {
   for (int i = 0; i < 5; i++) {
     x.size[i] = size[i];
     x.stride[i] = stride;
-    stride *= size[i];
+    stride *= i == 0 ? pitch.x : size[i];
   }
   const int64_t pad[3] = {g.padding.w, g.padding.h, g.padding.d};
   const int64_t span[3] = {(g.kernel.w - 1) * g.dilation.w, (g.kernel.h - 1) * g.dilation.h,
@@ -393,14 +395,22 @@ const char* encode(Maps* maps, const ConvArgs& a, const Sm90Plan& plan) {
   x.pixels = rows ? int(plan.rows * (g.out.w + span[0])) : layout.slice_pixels;
 
   const int64_t taps = g.kernel.volume();
-  const Tiled weight{
-      3, a.weight, {g.c, taps, g.k}, {2, 2 * g.c, 2 * g.c * taps}, {kSm90Depth, 1, tile.channels}};
+  const Tiled weight{3,
+                     a.weight,
+                     {g.c, taps, g.k},
+                     {2, 2 * pitch.weight, 2 * pitch.weight * taps},
+                     {kSm90Depth, 1, tile.channels}};
   const int stored = rows ? int(plan.rows * g.out.w) : layout.slice_pixels;
-  Tiled y{2, a.y, {g.k, g.pixels()}, {2, 2 * g.k}, {64, stored}};
+  // Past the channels to whole 16 bytes, which TMA stores in any case; the staging buffer has zeros there.
+  Tiled y{2, a.y, {sm90_pitch(g.k), g.pixels()}, {2, 2 * pitch.y}, {64, stored}};
   if (const char* error = encode(&maps->x, x)) return error;
   if (const char* error = encode(&maps->weight, weight)) return error;
   if (const char* error = encode(&maps->y, y)) return error;
-  if (a.residual) y.base = a.residual;  // a map of y stands in where there is none
+  if (a.residual) {  // a map of y stands in where there is none
+    y.base = a.residual;
+    y.size[0] = g.k;
+    y.stride[1] = 2 * pitch.residual;
+  }
   return encode(&maps->residual, y);
 }
 
@@ -464,15 +474,15 @@ const char* describe(const char* error, const ConvGeometry& g, const Sm90Plan& p
 
 }  // namespace sm90
 
-const char* conv3d_sm90(const ConvArgs& args, const float* scale, const Sm90Plan& plan, void* workspace,
-                        void* stream) {
+const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
+                        const Sm90Plan& plan, void* workspace, void* stream) {
   using namespace sm90;
   if (args.g.pixels() == 0) return nullptr;
   const char* error = conv3d_sm90_refuses(args.g, args.dtype);
   if (!error && (plan.tile < 0 || plan.tile >= kSm90TileCount)) error = "no tile for this convolution";
   if (!error && plan.split > 1 && !workspace) error = "a split sum needs its workspace";
   Maps maps;
-  if (!error) error = encode(&maps, args, plan);
+  if (!error) error = encode(&maps, args, pitch, plan);
   if (!error) {
     const Sm90Params p = parameters(args, scale, plan, workspace);
     if (plan.split > 1) error = clear(p.tickets, size_t(plan.tickets) * sizeof(unsigned), stream);

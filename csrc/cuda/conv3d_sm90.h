@@ -68,11 +68,18 @@ constexpr Sm90Layout sm90_layout(const Sm90Tile& t) {
 
 // ---- what it takes
 
+// Elements from a pixel to the next, of weights from a filter position to the next: whole 16 bytes, as TMA
+// wants. Channels that are no multiple of 8 therefore lie apart. What is between them is never read; in y it
+// is written, as TMA stores whole 16 bytes: with zeros where the sums are finite.
+struct Sm90Pitch {
+  int64_t x, weight, residual, y;
+};
+
+constexpr int64_t sm90_pitch(int64_t channels) { return (channels + 7) / 8 * 8; }
+
 // Null, or why the kernel cannot run this convolution.
 inline const char* conv3d_sm90_refuses(const ConvGeometry& g, DType dtype) {
   if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) return "has bfloat16 and float16 only";
-  if (g.c % 8 != 0 || g.k % 8 != 0)
-    return "TMA wants rows of a multiple of 16 bytes: channels that are a multiple of 8";
   const int64_t in[] = {g.in.d, g.in.h, g.in.w}, kernel[] = {g.kernel.d, g.kernel.h, g.kernel.w};
   const int64_t stride[] = {g.stride.d, g.stride.h, g.stride.w};
   const int64_t padding[] = {g.padding.d, g.padding.h, g.padding.w};
@@ -86,9 +93,9 @@ inline const char* conv3d_sm90_refuses(const ConvGeometry& g, DType dtype) {
              "(kernel - 1) * dilation <= padding + 16 and < 31";
     if (in[i] >= int64_t(1) << 30) return "an axis is too long for TMA's coordinates";
   }
-  const int64_t row = 2 * g.c * g.in.w;
+  const int64_t row = 2 * sm90_pitch(g.c) * g.in.w;
   if (row * g.in.h * g.in.d >= int64_t(1) << 40) return "a sample is too large for TMA's strides (1 TiB)";
-  if (2 * g.c * g.kernel.volume() >= int64_t(1) << 40 || g.c >= 1 << 30 || g.k >= 1 << 30)
+  if (2 * sm90_pitch(g.c) * g.kernel.volume() >= int64_t(1) << 40 || g.c >= 1 << 30 || g.k >= 1 << 30)
     return "too many channels for TMA's coordinates";
   // Tile indices and coordinates are 32-bit; the widest tile reaches past the end.
   if (g.n * g.out.d * g.out.h * (g.out.w + 30) >= INT32_MAX - 4096) return "more than 2^31 output pixels";
@@ -210,12 +217,12 @@ R3D_HOST_DEVICE inline Sm90Place sm90_place(int index, int pixel_tiles, int chan
 // ---- the call
 
 // args.weight is [K, T, R, S, C] as it is in the module, of the dtype of x: a weight in torch's
-// channels_last_3d. Batch norm is not folded into it: y = act(scale[k] * conv + args.bias[k] + residual), so
-// that no folded weight is rounded. `workspace`: plan.workspace_bytes() bytes on the device, 16-byte aligned,
-// of any contents. Enqueues the kernel on `stream` (a cudaStream_t) of the current device. Returns null, or
-// what went wrong.
-const char* conv3d_sm90(const ConvArgs& args, const float* scale, const Sm90Plan& plan, void* workspace,
-                        void* stream);
+// channels_last_3d. All tensors but the vectors lie at the pitches given. Batch norm is not folded into it: y
+// = act(scale[k] * conv + args.bias[k] + residual), so that no folded weight is rounded. `workspace`:
+// plan.workspace_bytes() bytes on the device, 16-byte aligned, of any contents. Enqueues the kernel on
+// `stream` (a cudaStream_t) of the current device. Returns null, or what went wrong.
+const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
+                        const Sm90Plan& plan, void* workspace, void* stream);
 
 // sm90_plan for the current device.
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles = ~0u, int split = 0);

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from r3d_kernels.models.resnet import DEPTHS, STEMS, Bottleneck, Pool, ResNet3D, Stem
+from r3d_kernels.ops.clip import channel_values
 
 __all__ = [
     "MEDICALNET_CONFIG",
@@ -130,6 +131,7 @@ class Checkpoint:
             has the layout's.
         assumed: what of `config` is only the layout's default, in words.
         notes: what was dropped.
+        clip: ``clip_mean`` and ``clip_std`` of the network that was saved, where the file tells.
     """
 
     layout: str
@@ -142,6 +144,7 @@ class Checkpoint:
     certain: bool = False
     assumed: str = ""
     notes: list[str] = field(default_factory=list)
+    clip: tuple[tuple[float, ...] | None, tuple[float, ...] | None] | None = None
 
 
 @dataclass
@@ -490,7 +493,20 @@ def read_checkpoint(path_or_dict: str | os.PathLike[str] | Mapping[str, Any] | C
         certain=certain,
         assumed=assumed,
         notes=notes,
+        clip=None if metadata is None else _saved_clip(metadata.get("clip"), config["in_channels"], source),
     )
+
+
+def _saved_clip(saved: Any, channels: int, source: str) -> Any:
+    """`clip_mean` and `clip_std` that this package wrote beside the weights; None where an older version did."""
+    if saved is None:
+        return None
+    try:
+        mean, std = saved
+        mean = channel_values(mean, "clip_mean", channels)
+        return mean, channel_values(std, "clip_std", channels, positive=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the normalisation of clips saved with the weights: {error}") from None
 
 
 def _sizes(stem: Stem) -> dict[str, Any]:
@@ -547,7 +563,8 @@ def load_checkpoint(
 
     Returns:
         The network: `model` itself, or the new one in training mode. ``loaded_from`` is a :class:`LoadReport`
-        (layout, preset, missing and unexpected names, notes), ``preset_name`` the key of its :data:`PRESETS`.
+        (layout, preset, missing and unexpected names, notes), ``preset_name`` the key of its :data:`PRESETS`;
+        ``clip_mean`` and ``clip_std`` become those that belong to the weights, for values of 0 to 255.
 
     Raises:
         ValueError: a damaged or foreign file, an unsupported layout, names or shapes that do not fit, a head
@@ -570,9 +587,30 @@ def load_checkpoint(
     conflicts = differences if checkpoint.certain and strict else []
     checkpoint = replace(checkpoint, notes=checkpoint.notes + notes)
     _fill(_bare(model), checkpoint, conflicts, strict, num_classes, replace_head)
+    keep_clip_arguments(_bare(model), overrides)
     if fused is not None:
         _bare(model).fused = fused
     return model
+
+
+def keep_clip_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Sets `clip_mean` and `clip_std` to what the caller asked for, whatever belongs to the weights."""
+    for name in {"clip_mean", "clip_std"} & arguments.keys():
+        setattr(model, name, arguments[name])
+
+
+def _set_clip(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Gives the network the normalisation that belongs to its weights; leaves it where none is known."""
+    if not hasattr(model, "clip_mean"):  # a network of another kind
+        return
+    if checkpoint.layout == "r3d_kernels":
+        if checkpoint.clip is not None:
+            model.clip_mean, model.clip_std = checkpoint.clip
+        return
+    facts = PRESETS[checkpoint.preset_name]
+    if len(facts.mean) == model.in_channels and checkpoint.preset_name != "medicalnet":  # volume by volume
+        model.clip_mean = [255 * v for v in facts.mean]
+        model.clip_std = [255 * v for v in facts.std]
 
 
 def _fill(
@@ -635,6 +673,7 @@ def _fill(
 
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     model.preset_name = checkpoint.preset_name
+    _set_clip(model, checkpoint)
     model.loaded_from = LoadReport(
         layout=checkpoint.layout,
         source=source,

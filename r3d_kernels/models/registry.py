@@ -19,6 +19,7 @@ from r3d_kernels.models.checkpoint import (
     MEDICALNET_CONFIG,
     PRESETS,
     Checkpoint,
+    keep_clip_arguments,
     load_checkpoint,
     read_checkpoint,
 )
@@ -114,4 +115,5 @@ def create_model(
     model.preset_name = preset_key
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, num_classes=num_classes)
+        keep_clip_arguments(model, overrides)
     return model

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r3d_kernels.graphs import GraphedModel
-from r3d_kernels.nn import avg_pool_linear, conv_bn_act, has_hooks, max_pool3d
+from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
+from r3d_kernels.ops.clip import channel_values
 
 __all__ = [
     "DEPTHS",
@@ -522,7 +523,11 @@ def _write_metadata(module: nn.Module, state_dict: dict, prefix: str, local_meta
 
     A state dict has room for that in its `_metadata`: no key is added, so it still loads strictly anywhere.
     """
-    local_metadata["r3d_kernels"] = {"geometry": module.geometry, "preset": module.preset_name}
+    local_metadata["r3d_kernels"] = {
+        "geometry": module.geometry,
+        "preset": module.preset_name,
+        "clip": (module.clip_mean, module.clip_std),
+    }
 
 
 class _ResNet(nn.Module):
@@ -532,6 +537,9 @@ class _ResNet(nn.Module):
     preset_name: str | None = None
     #: What `load_checkpoint` reported when it filled this network.
     loaded_from: Any = None
+
+    _clip_mean: tuple[float, ...] | None = None
+    _clip_std: tuple[float, ...] | None = None
 
     def __init__(
         self,
@@ -549,6 +557,8 @@ class _ResNet(nn.Module):
         layer_dilations: Sequence[int] = (1, 1, 1, 1),
         convolutions: str | Sequence[str] = "3d",
         zero_init_residual: bool = False,
+        clip_mean: Sequence[float] | None = None,
+        clip_std: Sequence[float] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -574,6 +584,8 @@ class _ResNet(nn.Module):
         self._convolutions = convolutions
         self.in_channels = in_channels
         self.shortcut_type = shortcut_type
+        self.clip_mean = clip_mean
+        self.clip_std = clip_std
 
         geometry = (stem.kernel, stem.stride, stem.padding)
         if stem.midplanes is None:
@@ -651,6 +663,24 @@ class _ResNet(nn.Module):
                 module.fused = self._fused
 
     @property
+    def clip_mean(self) -> tuple[float, ...] | None:
+        """What is subtracted from a uint8 clip, one number a channel for values of 0 to 255; None: nothing."""
+        return self._clip_mean
+
+    @clip_mean.setter
+    def clip_mean(self, value: Sequence[float] | None) -> None:
+        self._clip_mean = channel_values(value, "clip_mean", self.in_channels)
+
+    @property
+    def clip_std(self) -> tuple[float, ...] | None:
+        """What a uint8 clip is divided by then, one number a channel for values of 0 to 255; None: 1."""
+        return self._clip_std
+
+    @clip_std.setter
+    def clip_std(self, value: Sequence[float] | None) -> None:
+        self._clip_std = channel_values(value, "clip_std", self.in_channels, positive=True)
+
+    @property
     def geometry(self) -> dict[str, Any]:
         """What the shapes of the weights do not tell about the network, in plain types."""
         spec = asdict(self._stem_spec)
@@ -708,10 +738,12 @@ class _ResNet(nn.Module):
         self._check_pool(size, sizes[-1])
 
         weight = self._stem_pairs()[0][0].weight
-        if x.dtype != weight.dtype and not (
+        if x.dtype not in (weight.dtype, torch.uint8) and not (
             x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
         ):
-            raise TypeError(f"x: expected {weight.dtype}, the dtype of the parameters, got {x.dtype}")
+            raise TypeError(
+                f"x: expected {weight.dtype}, the dtype of the parameters, or uint8 as a decoder's, got {x.dtype}"
+            )
         # Parameters on "meta" belong to offloading tools, which bring them in layer by layer.
         if x.device != weight.device and not weight.is_meta:
             raise ValueError(f"x: expected device {weight.device}, where the parameters are, got {x.device}")
@@ -719,12 +751,25 @@ class _ResNet(nn.Module):
     def _check_pool(self, size: Sequence[int], last: Sequence[int]) -> None:
         """Whether the map behind layer4 suits the pool; global pooling takes any."""
 
+    def _reads_planes(self, x: Tensor) -> bool:
+        """Whether the stem takes a clip of one plane a channel as it is: what a GPU's kernel lays out is its own."""
+        if not x.is_contiguous():
+            return False
+        fused = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return x.device.type == "cpu" or (self.in_channels <= 4 and fused)
+
     def _run_stem(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if self.fused and not self.training and not (x.device.type == "cpu" and x.is_contiguous()):
-            # Once, here: every layer behind keeps the format. The stems of the CPU read clips as they are.
+        first, *rest = self._stem_pairs()
+        raw = x.dtype == torch.uint8
+        if self.fused and not self.training and not raw and not self._reads_planes(x):
+            # Once, here: every layer behind keeps the format.
             x = x.contiguous(memory_format=torch.channels_last_3d)
-        for pair in self._stem_pairs():
+        if raw:
+            x = clip_conv_bn_act(x, self.clip_mean, self.clip_std, *first, fused=self.fused)
+        else:
+            x = conv_bn_act(x, *first, fused=self.fused)
+        for pair in rest:
             x = conv_bn_act(x, *pair, fused=self.fused)
         return x if self.maxpool is None else max_pool3d(x, self.maxpool, fused=self.fused)
 
@@ -780,14 +825,15 @@ class _ResNet(nn.Module):
         """Logits of a batch of clips.
 
         Args:
-            x: ``[N, in_channels, D, H, W]``, in the dtype and on the device of the parameters (under autocast
-                any floating dtype). N may be 0.
+            x: ``[N, in_channels, D, H, W]``, on the device of the parameters. In their dtype (under autocast any
+                floating one) it is taken as it is; uint8, as a decoder leaves it, is normalised here:
+                ``(x - clip_mean) / clip_std``. N may be 0.
 
         Returns:
             ``[N, num_classes]``; with ``num_classes=0`` the pooled features ``[N, num_features]``.
 
         Raises:
-            TypeError: x is no tensor, or of another dtype than the parameters.
+            TypeError: x is no tensor, or of another dtype than the parameters and uint8.
             ValueError: wrong rank, channels or device, or a clip too small for the stem.
         """
         return self.forward_head(self.forward_features(x))
@@ -829,9 +875,12 @@ class ResNet3D(_ResNet):
         convolutions: of layer1 to layer4, or one for all: ``"3d"`` (3x3x3), ``"2d"`` ((1, 3, 3), and no stride along
             the frames) or ``"2+1d"`` ((1, 3, 3) and (3, 1, 1); torchvision's names only). torchvision's mixed network
             has ``("3d", "2d", "2d", "2d")``.
+        clip_mean, clip_std: one number a channel, for values of 0 to 255: a uint8 clip becomes
+            ``(clip - clip_mean) / clip_std`` in the dtype of the parameters, in one pass with the stem where a GPU runs
+            it fused. None is 0 and 1. Attributes too; never part of the state dict. A floating clip is taken as it is.
         device, dtype: of the parameters, as in ``torch.nn``.
 
-    Shape: ``[N, in_channels, D, H, W]`` to ``[N, num_classes]``; float32, float64, bfloat16, float16.
+    Shape: ``[N, in_channels, D, H, W]`` to ``[N, num_classes]``; float32, float64, bfloat16, float16; clips uint8 too.
 
     Convolutions start from Kaiming's normal distribution (fan-out), batch norms at 1 and 0; with
     torchvision's names the head starts as torchvision's (normal, 0.01), otherwise as a plain ``nn.Linear``.
@@ -856,6 +905,8 @@ class ResNet3D(_ResNet):
         layer_strides: Sequence[int] = (1, 2, 2, 2),
         layer_dilations: Sequence[int] = (1, 1, 1, 1),
         convolutions: str | Sequence[str] = "3d",
+        clip_mean: Sequence[float] | None = None,
+        clip_std: Sequence[float] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -875,6 +926,8 @@ class ResNet3D(_ResNet):
             layer_dilations=layer_dilations,
             convolutions=convolutions,
             zero_init_residual=zero_init_residual,
+            clip_mean=clip_mean,
+            clip_std=clip_std,
             device=device,
             dtype=dtype,
         )
@@ -896,6 +949,8 @@ class ResNet(_ResNet):
         shortcut_type: ``"B"`` or ``"A"``.
         num_classes: size of the head; 0 leaves it away.
         fused: whether the layers may run fused. An attribute too, which can be flipped at any time.
+
+    ``clip_mean`` and ``clip_std`` are attributes, as of :class:`ResNet3D`.
 
     Shape: ``[N, 3, sample_duration, sample_size, sample_size]`` to ``[N, num_classes]``; sizes that give the
     same map behind layer4 do as well, and any size after ``model.avgpool = nn.AdaptiveAvgPool3d(1)``.

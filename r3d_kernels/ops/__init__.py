@@ -1,6 +1,7 @@
 """The fused operations in functional form."""
 
-from r3d_kernels.ops import conv3d_sm90  # noqa: F401 - registers its fake
+from r3d_kernels.ops import conv3d_sm80, conv3d_sm90  # noqa: F401 - they register fakes
+from r3d_kernels.ops.clip import clip_channels_last
 from r3d_kernels.ops.conv3d import (
     conv3d_bn_act,
     conv3d_direct,
@@ -10,7 +11,6 @@ from r3d_kernels.ops.conv3d import (
     conv3d_tiles,
     conv3d_winograd,
 )
-from r3d_kernels.ops.conv3d_sm80 import clip_channels_last
 from r3d_kernels.ops.head import avg_pool_linear
 from r3d_kernels.ops.norm import bn_act
 from r3d_kernels.ops.pool import max_pool3d

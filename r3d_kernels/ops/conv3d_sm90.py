@@ -15,7 +15,7 @@ from torch import Tensor
 from r3d_kernels import _extension
 from r3d_kernels.ops._flops import flop_formula
 
-__all__ = ["TILES", "proven", "proven_tiles", "trial_error"]
+__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "trial_error"]
 
 # Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
 TILES = (
@@ -36,11 +36,23 @@ TILES = (
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
 
+def in_rows(t: Tensor, fill: float = 0.0) -> Tensor:
+    """t [N, C, D, H, W] as the kernel takes it: channels-last, a pixel at every multiple of 8 elements.
+
+    Args:
+        fill: what lies between the pixels where C is no multiple of 8.
+    """
+    n, c, d, h, w = t.shape
+    rows = t.new_full((n, d, h, w, c + -c % 8), fill)
+    rows[..., :c] = t.permute(0, 2, 3, 4, 1)
+    return rows.permute(0, 4, 1, 2, 3)[:, :c]
+
+
 @cache
-def _trial(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def _trial(dtype: torch.dtype, padded: bool = False) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """(x, weight, scale, bias, residual), the exact answer, and what rounding allows; channels for the widest tile."""
     g = torch.Generator().manual_seed(0)
-    k, c = max(channels for _, channels, _ in TILES) + 8, 72
+    k, c = max(channels for _, channels, _ in TILES) + (5 if padded else 8), 77 if padded else 72
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g)
@@ -60,43 +72,55 @@ def _trial(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
 
 
 def trial_error(
-    dtype: torch.dtype, tile: int, split: int, device: torch.device | str = "cuda", op=None
+    dtype: torch.dtype,
+    tile: int,
+    split: int,
+    device: torch.device | str = "cuda",
+    op=None,
+    padded: bool = False,
 ) -> float:
     """The largest error of one tile, relative to what rounding allows, on a small convolution against float64.
 
     Three different paddings, a stride, a dilation, tails of pixels and channels, two samples, residual and ReLU. At
     most 1 where the kernel works; NaN is infinity here.
+
+    Args:
+        padded: with channels that are no multiple of 8, and NaN between the pixels, of which nothing may be read.
     """
     op = op or torch.ops.r3d_kernels.conv3d_sm90
-    (x, weight, scale, bias, residual), want, allowed = _trial(dtype)
-    k = TILES[tile][1] + 8
+    (x, weight, scale, bias, residual), want, allowed = _trial(dtype, padded)
+    k = TILES[tile][1] + (5 if padded else 8)
 
     def place(t: Tensor) -> Tensor:
-        return t.to(device).contiguous(memory_format=torch.channels_last_3d)
+        return in_rows(t.to(device), float("nan"))
 
     tensors = (place(x), place(weight[:k]), scale[:k].to(device), bias[:k].to(device), place(residual[:, :k]))
     y = op(*tensors, *_TRIAL.values(), "relu", 1 << tile, split).cpu().double()
     return ((y - want[:, :k]).abs() / allowed[:, :k]).nan_to_num(float("inf")).max().item()
 
 
-proven: dict[int, int] = {}
-"""Index of a GPU -> what `proven_tiles` found."""
+proven: dict[tuple[int, bool], int] = {}
+"""Index of a GPU, padded -> what `proven_tiles` found."""
 
 
-def proven_tiles(index: int) -> int:
+def proven_tiles(index: int, padded: bool = False) -> int:
     """Bits of the tiles that compute what they should on this GPU: each is tried once in a process.
 
     The kernels lean on how the hardware reads its descriptors. A GPU, driver or compiler that sees one of them in
     another way costs speed here, and not the user's results.
+
+    Args:
+        index: of the GPU.
+        padded: for channels that are no multiple of 8, which are tried apart.
     """
-    if index in proven:
-        return proven[index]
+    if (index, padded) in proven:
+        return proven[index, padded]
     device = torch.device("cuda", index)
     good = 0
     for tile in range(len(TILES)):
         try:
             works = all(
-                trial_error(dtype, tile, split, device) <= 1
+                trial_error(dtype, tile, split, device, padded=padded) <= 1
                 for dtype in (torch.bfloat16, torch.float16)
                 for split in (1, 2)
             )
@@ -104,7 +128,7 @@ def proven_tiles(index: int) -> int:
             works = False
         good |= works << tile
     _trial.cache_clear()
-    proven[index] = good
+    proven[index, padded] = good
     return good
 
 
@@ -129,12 +153,10 @@ if _extension.error is None:
             (i + 2 * p - d * (f - 1) - 1) // s + 1
             for i, f, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         ]
-        return torch.empty(
-            (x.shape[0], weight.shape[0], *size),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last_3d,
-        )
+        k = weight.shape[0]
+        shape = (x.shape[0], k + -k % 8, *size)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        return y.narrow(1, 0, k)
 
     @flop_formula(torch.ops.r3d_kernels.conv3d_sm90)
     def _flops(x, weight, *args, out_shape=None, **kwargs) -> int:

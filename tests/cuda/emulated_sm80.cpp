@@ -105,34 +105,41 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   // Tile and splits below 0: the plan's own. The workspace is filled with NaN before, and is exactly as large
   // as asked.
-  m.def("conv3d",
-        [](const Ints& sizes, const Ints& kernel, const Ints& stride, const Ints& padding,
-           const Ints& dilation, int dtype, int relu, uintptr_t x, const Ints& x_strides, uintptr_t packed,
-           uintptr_t scale, uintptr_t bias, uintptr_t residual, uintptr_t y, int tile, int splits) {
-          sm80::Call call{};
-          call.conv.g = geometry(sizes, kernel, stride, padding, dilation);
-          call.conv.dtype = r3d::DType(dtype);
-          call.conv.activation = r3d::Activation(relu);
-          call.conv.x = pointer<void>(x);
-          call.conv.weight = pointer<void>(packed);
-          call.conv.bias = pointer<float>(bias);
-          call.conv.residual = pointer<void>(residual);
-          call.conv.y = pointer<void>(y);
-          call.x = {x_strides[0], x_strides[1], x_strides[2], x_strides[3], x_strides[4]};
-          call.scale = pointer<float>(scale);
-          call.multiprocessors = r3d::cuda::multiprocessors();
-          call.choice = sm80::choose(call.conv.g, call.conv.dtype, call.multiprocessors);
-          if (tile >= 0) call.choice = {tile, splits};
-          const int64_t bytes = sm80::workspace_bytes(call);
-          struct Free {
-            void operator()(char* p) const { ::operator delete(p, std::align_val_t(256)); }
-          };
-          std::unique_ptr<char[], Free> scratch(
-              static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(256))));
-          std::memset(scratch.get(), 0xff, size_t(bytes));
-          check(sm80::run(call, scratch.get(), nullptr));
-          return bytes;
-        });
+  m.def(
+      "conv3d",
+      [](const Ints& sizes, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+         int dtype, int relu, uintptr_t x, const Ints& x_strides, uintptr_t packed, uintptr_t scale,
+         uintptr_t bias, uintptr_t residual, uintptr_t y, int tile, int splits, int from,
+         uintptr_t clip_scale, uintptr_t clip_shift) {
+        sm80::Call call{};
+        call.conv.g = geometry(sizes, kernel, stride, padding, dilation);
+        call.conv.dtype = r3d::DType(dtype);
+        call.conv.activation = r3d::Activation(relu);
+        call.conv.x = pointer<void>(x);
+        call.conv.weight = pointer<void>(packed);
+        call.conv.bias = pointer<float>(bias);
+        call.conv.residual = pointer<void>(residual);
+        call.conv.y = pointer<void>(y);
+        call.x = {x_strides[0], x_strides[1], x_strides[2], x_strides[3], x_strides[4]};
+        call.scale = pointer<float>(scale);
+        call.clip = {from, pointer<float>(clip_scale), pointer<float>(clip_shift)};
+        call.multiprocessors = r3d::cuda::multiprocessors();
+        call.choice = sm80::choose(call.conv.g, call.conv.dtype, call.multiprocessors);
+        if (tile >= 0) call.choice = {tile, splits};
+        const int64_t bytes = sm80::workspace_bytes(call);
+        struct Free {
+          void operator()(char* p) const { ::operator delete(p, std::align_val_t(256)); }
+        };
+        std::unique_ptr<char[], Free> scratch(
+            static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(256))));
+        std::memset(scratch.get(), 0xff, size_t(bytes));
+        check(sm80::run(call, scratch.get(), nullptr));
+        return bytes;
+      },
+      py::arg("sizes"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("dtype"), py::arg("relu"), py::arg("x"), py::arg("x_strides"), py::arg("packed"),
+      py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("y"), py::arg("tile"),
+      py::arg("splits"), py::arg("clip_from") = -1, py::arg("clip_scale") = 0, py::arg("clip_shift") = 0);
   // sizes [n, c, d, h, w], of x; from: 0 float32, 1 bfloat16, 2 float16, 3 uint8
   m.def("clip", [](const Ints& sizes, uintptr_t x, const Ints& s, int from, int to, uintptr_t scale,
                    uintptr_t shift, int64_t left, int64_t width, int64_t pixel, uintptr_t y) {

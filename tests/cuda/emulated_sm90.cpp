@@ -54,24 +54,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("schedule") = 0, py::arg("seed") = 1, py::arg("late_copies") = false,
       py::arg("late_products") = false, py::arg("multiprocessors") = 2);
-  // `tile` -1: the plan's own choice
-  m.def("conv3d",
-        [](std::array<int64_t, 18> v, int dtype, bool relu, std::array<uintptr_t, 6> p, int tile, int split) {
-          ConvArgs a{};
-          a.g = geometry(v);
-          a.dtype = DType(dtype);
-          a.activation = relu ? Activation::kRelu : Activation::kNone;
-          a.x = pointer<void>(p[0]);
-          a.weight = pointer<void>(p[1]);
-          a.bias = pointer<float>(p[3]);
-          a.residual = pointer<void>(p[4]);
-          a.y = pointer<void>(p[5]);
-          const Sm90Plan plan =
-              tile < 0 ? conv3d_sm90_plan(a.g) : sm90_plan_for(a.g, tile, split, multiprocessors());
-          std::vector<float> workspace(size_t(plan.workspace_bytes()) / 4, NAN);
-          check(conv3d_sm90(a, pointer<float>(p[2]), plan, workspace.data(), nullptr));
-          return described(plan);
-        });
+  // `tile` -1: the plan's own choice; pitches of x, weight, residual and y, 0 where the channels are side by
+  // side
+  m.def(
+      "conv3d",
+      [](std::array<int64_t, 18> v, int dtype, bool relu, std::array<uintptr_t, 6> p, int tile, int split,
+         std::array<int64_t, 4> pitch) {
+        ConvArgs a{};
+        a.g = geometry(v);
+        a.dtype = DType(dtype);
+        a.activation = relu ? Activation::kRelu : Activation::kNone;
+        a.x = pointer<void>(p[0]);
+        a.weight = pointer<void>(p[1]);
+        a.bias = pointer<float>(p[3]);
+        a.residual = pointer<void>(p[4]);
+        a.y = pointer<void>(p[5]);
+        const Sm90Plan plan =
+            tile < 0 ? conv3d_sm90_plan(a.g) : sm90_plan_for(a.g, tile, split, multiprocessors());
+        std::vector<float> workspace(size_t(plan.workspace_bytes()) / 4, NAN);
+        const auto or_dense = [&](int i, int64_t channels) { return pitch[i] ? pitch[i] : channels; };
+        const Sm90Pitch all{or_dense(0, a.g.c), or_dense(1, a.g.c), or_dense(2, a.g.k), or_dense(3, a.g.k)};
+        check(conv3d_sm90(a, all, pointer<float>(p[2]), plan, workspace.data(), nullptr));
+        return described(plan);
+      },
+      py::arg("geometry"), py::arg("dtype"), py::arg("relu"), py::arg("pointers"), py::arg("tile"),
+      py::arg("split"), py::arg("pitch") = std::array<int64_t, 4>{});
   m.def("refuses", [](std::array<int64_t, 18> v, int dtype) {
     const char* why = conv3d_sm90_refuses(geometry(v), DType(dtype));
     return std::string(why ? why : "");

@@ -366,3 +366,46 @@ def test_clips(emu80, source, channels_last):
                         y, want.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6
                     )
                     assert not y[..., :left, :].any()
+
+
+@pytest.mark.parametrize("how", ["NCDHW", "frames first", "pixels"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n2c3d3h9w10k16f3x7x7s1x2x2p1x3x3+relu",  # windows side by side in memory
+        "n1c1d5h9w9k17f7s1x2x2p3",
+        "n2c3d4h5w6k8f3p1x2x0+relu",
+        "n1c8d2h4w5k24f3p1",  # whole chunks: a float x would be read in place
+    ],
+    **IDS,
+)
+def test_a_raw_clip(emu80, text, how):
+    """uint8 read where the decoder left it; the padding is zero behind the normalisation."""
+    for dtype in CODES:
+        case = Case(text, dtype)
+        p = case.p
+        g = torch.Generator().manual_seed(1)
+        raw = torch.randint(0, 256, (p.n, p.c, p.d, p.h, p.w), generator=g, dtype=torch.uint8)
+        order = {"NCDHW": (0, 1, 2, 3, 4), "frames first": (0, 2, 1, 3, 4), "pixels": (0, 2, 3, 4, 1)}[how]
+        inverse = [order.index(i) for i in range(5)]
+        raw = raw.permute(order).contiguous().permute(inverse)
+        # Far from zero, so that padding with anything else than zero shows.
+        scale, shift = 0.5 / 64 + torch.rand(p.c, generator=g) / 64, -3 + torch.rand(p.c, generator=g)
+        for vectors in ((scale, shift), (scale, None), (None, None)):
+            factor, offset = (
+                default if v is None else v for v, default in zip(vectors, (1.0, 0.0), strict=True)
+            )
+            if vectors[0] is None:
+                case.weight = (case.weight.float() / 64).to(dtype)  # values of 0 to 255
+            wide = [v if isinstance(v, float) else v.view(1, -1, 1, 1, 1) for v in (factor, offset)]
+            case.x = (raw.float() * wide[0] + wide[1]).to(dtype)  # rounded once, as the kernel does
+            packed = case.packed(emu80)
+            pointers = [0 if t is None else t.data_ptr() for t in (case.scale, case.bias, None, case.y)]
+            clip = [0 if t is None else t.data_ptr() for t in vectors]
+            for splits in (1, 2):
+                case.y.fill_(float("nan"))
+                emu80.conv3d(
+                    *geometry(p), CODES[dtype], int(p.activation == "relu"), raw.data_ptr(), list(raw.stride()),
+                    packed.data_ptr(), *pointers, 2, splits, 3, *clip,
+                )  # fmt: skip
+                case.check()

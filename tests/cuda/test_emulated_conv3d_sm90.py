@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest_sm90 import geometry
 
-from r3d_kernels.ops.conv3d_sm90 import TILES, trial_error
+from r3d_kernels.ops.conv3d_sm90 import TILES, in_rows, trial_error
 from r3d_kernels.problems import LAYERS, ConvProblem
 
 HERE = Path(__file__).resolve().parent
@@ -22,10 +22,15 @@ SMALL, SHARED = TILES.index((64, 64, 1)), TILES.index((352, 64, 3))
 SHARED_WIDE = TILES.index((240, 128, 3))
 
 
-class Case:
-    """A problem with its data; outputs of order 1."""
+def pitches(*tensors):
+    """Elements from a pixel to the next, as `in_rows` lays them out."""
+    return [0 if t is None else t.shape[1] + -t.shape[1] % 8 for t in tensors]
 
-    def __init__(self, text, dtype=torch.bfloat16, seed=0):
+
+class Case:
+    """A problem with its data; outputs of order 1. NaN lies between pixels whose channels are no multiple of 8."""
+
+    def __init__(self, text, dtype=torch.bfloat16, seed=0, between=float("nan")):
         self.problem = p = ConvProblem.parse(text).validate()
         g = torch.Generator().manual_seed(seed)
 
@@ -33,7 +38,7 @@ class Case:
             return torch.randn(shape, generator=g)
 
         def place(t):
-            return t.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+            return in_rows(t.to(dtype), between)
 
         self.dtype = dtype
         self.x = place(normal(*p.in_shape))
@@ -60,12 +65,11 @@ class Case:
         return y, 3e-6 * size + torch.finfo(self.dtype).eps / 2 * 1.001 * y.abs()
 
     def run(self, emu, tile=-1, split=1):
-        y = torch.full(self.want.shape, float("nan"), dtype=self.dtype)
-        y = y.contiguous(memory_format=torch.channels_last_3d)
+        y = in_rows(torch.full(self.want.shape, float("nan"), dtype=self.dtype), float("nan"))
         tensors = (self.x, self.weight, self.scale, self.bias, self.residual, y)
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         args = (geometry(self.problem), DTYPES[self.dtype], self.problem.activation == "relu", pointers)
-        plan = emu.conv3d(*args, tile, split)
+        plan = emu.conv3d(*args, tile, split, pitches(self.x, self.weight, self.residual, y))
         return y, plan
 
     def check(self, emu, tile=-1, split=1):
@@ -75,6 +79,10 @@ class Case:
             f"{self.problem} tile {plan['tile']} split {plan['split']}: {int((~(error <= self.allowed)).sum())} of "
             f"{y.numel()} wrong, largest error {error.max()}"
         )
+        n, k, d, h, w = y.shape
+        k += -k % 8
+        between = y.as_strided((n, d, h, w, k), (d * h * w * k, h * w * k, w * k, k, 1))[..., y.shape[1] :]
+        assert not between.any()  # zeros, and so no NaN for whoever reads whole rows
         return y
 
 
@@ -144,6 +152,8 @@ MODES = [
     ("n1c64d3h9w14k64f3x1x3p1x0x1+res+relu", SHARED, 1),
     ("n1c16d3h9w14k72f3x1x3p1x0x1+res+relu", SHARED_WIDE, 1),
     ("n1c72d2h5w9k136f1x3x2p0x2x1+res", TILES.index((64, 256, 1)), 2),  # two wgmmas a step
+    ("n1c45d3h5w6k70f3p0x1x2+res+relu", SMALL, 2),  # channels that are no multiple of 8
+    ("n1c70d2h5w9k45f3x1x3p1x0x1+res+relu", SHARED, 1),
 ]
 
 
@@ -168,20 +178,21 @@ def test_every_tile(emu, tile):
     for i, (dtype, residual) in enumerate(itertools.product(DTYPES, ("", "+res+relu"))):
         emu.configure(*[(0, 1), (1, 1), (2, 4), (2, 5)][i], *TIMINGS[i], 3)
         f, p = ("1x1x3", "0x0x1") if taps == 3 else ("1", "0")
-        case = Case(f"n2c72d3h7w{(pixels // 36) | 1}k{k}f{f}p{p}{residual}", dtype)
-        case.check(emu, tile)
+        for less in (0, 3) if i < 2 else (0,):
+            text = f"n2c{72 - less}d3h7w{(pixels // 36) | 1}k{k - less}f{f}p{p}{residual}"
+            Case(text, dtype).check(emu, tile)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "x".join(map(str, TILES[i])))
-def test_the_trial_that_guards_a_gpu(emu, tile, split):
+def test_the_trial_that_guards_a_gpu(emu, tile, split, padded):
     """What `proven_tiles` runs on a GPU before any layer may use a tile."""
 
     def op(x, weight, scale, bias, residual, stride, padding, dilation, activation, tiles, split):
         sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         out = [(i + 2 * p - d * (f - 1) - 1) // s + 1 for i, f, s, p, d in sizes]
-        y = torch.full((x.shape[0], len(scale), *out), float("nan"), dtype=x.dtype)
-        y = y.contiguous(memory_format=torch.channels_last_3d)
+        y = in_rows(torch.full((x.shape[0], len(scale), *out), float("nan"), dtype=x.dtype))
         g = [
             x.shape[0],
             x.shape[1],
@@ -194,14 +205,15 @@ def test_the_trial_that_guards_a_gpu(emu, tile, split):
         ]
         scale = scale + wrong
         pointers = [t.data_ptr() for t in (x, weight, scale, bias, residual, y)]
-        emu.conv3d(g, DTYPES[x.dtype], True, pointers, tiles.bit_length() - 1, split)
+        which = pitches(x, weight, residual, y)
+        emu.conv3d(g, DTYPES[x.dtype], True, pointers, tiles.bit_length() - 1, split, which)
         return y
 
     for dtype in DTYPES:
         wrong = 0.0
-        assert trial_error(dtype, tile, split, "cpu", op) <= 1
+        assert trial_error(dtype, tile, split, "cpu", op, padded) <= 1
         wrong = 0.01
-        assert trial_error(dtype, tile, split, "cpu", op) > 1
+        assert trial_error(dtype, tile, split, "cpu", op, padded) > 1
 
 
 @pytest.mark.parametrize("split", [2, 3, 4])
@@ -222,6 +234,43 @@ def test_channels(emu, channels):
         case = Case(f"n2c{channels}d3h5w4k{k}f3s1x2x1p1+res+relu")
         emu.configure(2, channels + k, True, k % 16 == 0)
         case.check(emu, SMALL)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 24, 45, 64, 230])
+def test_channels_that_are_no_multiple_of_8(emu, channels):
+    """Both sides odd, three different paddings, stride 2 and not, residual, tails, whole and split sums."""
+    for i, k in enumerate((3, 8, 24, 45, 64, 230)):
+        dtype = list(DTYPES)[i % 2]
+        emu.configure(i % 3, channels + k, i % 2 == 0, i % 4 < 2, 1 + i)
+        Case(f"n2c{channels}d3h4w5k{k}f3s2p0x1x2+res+relu", dtype).check(emu, SMALL)
+        split = 2 if i % 2 else 3
+        Case(f"n1c{channels}d2h3w7k{k}f3x2x3p2x0x1+res", dtype, seed=i).check(emu, SMALL, split)
+        Case(f"n1c{channels}d1h5w13k{k}f1x3x3p0x1x1+relu", dtype).check(emu, SHARED)
+
+
+def test_what_lies_between_the_pixels_does_not_matter(emu):
+    text = "n1c45d2h4w6k70f3p1x0x2+res+relu"
+    outputs = [Case(text, between=between).check(emu, SMALL) for between in (0.0, 7.0, float("nan"))]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_pitches_wider_than_needed(emu):
+    """x and residual as slices of wider tensors."""
+    case = Case("n2c45d2h4w5k24f3p1+res+relu")
+    x, residual = (torch.full((2, 64, *t.shape[2:]), 9.0, dtype=t.dtype) for t in (case.x, case.residual))
+    x, residual = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, residual))
+    x[:, 8:53] = case.x
+    residual[:, 16:40] = case.residual
+    y = in_rows(torch.full(case.want.shape, float("nan"), dtype=case.dtype))
+    tensors = (x[:, 8:53], case.weight, case.scale, case.bias, residual[:, 16:40], y)
+    pointers = [t.data_ptr() for t in tensors]
+    emu.conv3d(geometry(case.problem), 1, True, pointers, SMALL, 1, [64, 48, 64, 24])
+    assert bool(((y.double() - case.want).abs() <= case.allowed).all())
+    with pytest.raises(RuntimeError, match="shorter than its channels"):
+        emu.conv3d(geometry(case.problem), 1, True, pointers, SMALL, 1, [40, 48, 64, 24])
+    with pytest.raises(RuntimeError, match="strides of a multiple of 16 bytes"):
+        emu.conv3d(geometry(case.problem), 1, True, pointers, SMALL, 1, [45, 48, 64, 24])
 
 
 @pytest.mark.parametrize("size", ["d1h1w1", "d1h8w8", "d1h1w64", "d5h13w1", "d1h5w13", "d2h11w12"])
@@ -253,11 +302,11 @@ def random_problem(rng):
         f = tuple(rng.choice([1, 2, 3, 3]) for _ in range(3))
         p = ConvProblem(
             n=rng.choice([1, 2, 3]),
-            c=8 * rng.randint(1, 17),
+            c=rng.choice([8 * rng.randint(1, 17), rng.randint(1, 136)]),
             d=rng.randint(1, 5),
             h=rng.randint(1, 9),
             w=rng.randint(1, 20),
-            k=8 * rng.randint(1, 20),
+            k=rng.choice([8 * rng.randint(1, 20), rng.randint(1, 160)]),
             kernel=f,
             stride=tuple(rng.choice([1, 1, 2, 3]) for _ in f),
             padding=tuple(rng.randint(0, 4) for _ in f),
@@ -305,7 +354,7 @@ def test_an_empty_batch_and_errors(emu):
     ):
         case.run(emu, SMALL)
     case = Case("n1c8d3h4w5k8f3p1")
-    case.x = torch.zeros(8 * 60 + 1, dtype=torch.bfloat16)[1:]
+    case.x = torch.zeros(8 * 60 + 1, dtype=torch.bfloat16)[1:].view(1, 8, 3, 4, 5)
     with pytest.raises(RuntimeError, match="address of a multiple of 16 bytes"):
         case.run(emu, SMALL)
 
@@ -318,8 +367,8 @@ def test_an_empty_batch_and_errors(emu):
     [
         ("n1c64d4h8w8k64f3p1", ""),
         ("n1c8d4h8w8k8f3s8p15", ""),
-        ("n1c12d4h8w8k64f3p1", "multiple of 8"),
-        ("n1c64d4h8w8k45f3p1", "multiple of 8"),
+        ("n1c3d4h8w8k64f3p1", ""),
+        ("n1c64d4h8w8k45f3p1", ""),
         ("n1c64d4h8w80k64f3s9p1", "strides up to 8"),
         ("n1c64d4h8w8k64f1p16", "im2col range"),
         ("n1c64d40h80w80k64f3p14x15x15l15", ""),
@@ -351,9 +400,6 @@ def test_plans(emu):
             p = ConvProblem.parse(text)
             g = geometry(p)
             g[0] = batch
-            if p.c % 8 or p.k % 8:
-                assert "multiple of 8" in emu.refuses(g, 1)
-                continue
             plan = emu.plan(g, 132)
             assert emu.refuses(g, 1) == "", name
             assert 0 <= plan["tile"] < len(TILES)

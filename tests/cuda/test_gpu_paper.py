@@ -21,11 +21,11 @@ def random_problems(count):
         f = [rng.choice([1, 2, 3, 3, 5]) for _ in range(3)]
         p = ConvProblem(
             n=rng.choice([1, 2, 8, 32]),
-            c=8 * rng.randint(1, 80),
+            c=rng.randint(1, 640),
             d=rng.randint(5, 20),
             h=rng.randint(9, 70),
             w=rng.randint(9, 90),
-            k=8 * rng.randint(1, 80),
+            k=rng.randint(1, 640),
             kernel=tuple(f),
             stride=tuple(rng.choice([1, 1, 2]) for _ in f),
             padding=tuple(rng.randint(0, i // 2) for i in f),
@@ -49,7 +49,7 @@ def test_layouts_are_the_kernels(emulated_sm90):
 @pytest.mark.parametrize("sms", [132, 114, 7])
 def test_choices_are_the_kernels(emulated_sm90, sms):
     problems = [ConvProblem.parse(text).with_batch(n) for text in LAYERS.values() for n in (1, 8, 32)]
-    problems = [p for p in problems if p.c % 8 == 0] + list(random_problems(200))
+    problems += random_problems(200)
     for p in problems:
         compiled, paper = emulated_sm90.plan(geometry(p), sms), gpu_paper.plan(p, sms)
         for name in ("tile", "split", "pixel_tiles", "channel_tiles", "steps", "cycles"):
@@ -80,6 +80,17 @@ def test_rows_add_up():
             assert row.bytes > 2 * row.problem.n * row.problem.c
 
 
+def test_factored_networks_are_this_kernels_too():
+    """45, 230, 460 and 921 channels: all but the first half of the stem, which has three."""
+    found = gpu_paper.rows("r2plus1d_18", 8)
+    assert [row.layer for row in found if row.plan is None] == ["stem.0"]
+    assert {45, 230, 460, 921} <= {row.problem.c for row in found if row.plan is not None}
+    row = next(row for row in found if (row.problem.c, row.problem.k) == (64, 230))
+    p = row.problem
+    moved = 64 * p.d * p.h * p.w + 232 * p.out_size[0] * p.out_size[1] * p.out_size[2]  # pixels of 464 bytes
+    assert row.bytes == 2 * (8 * moved + 64 * 230 * 9)
+
+
 def test_the_goals_of_the_issue_are_within_reach():
     """3x3x3 layers of stride 1: 60 % with 128 channels or more, 45 % with 64, where the batch fills the GPU.
 
@@ -94,10 +105,28 @@ def test_the_goals_of_the_issue_are_within_reach():
     assert checked >= 6
 
 
+def test_rows_that_pooled_tiles_share():
+    # 56 rows, windows of 3 with stride 2 and padding 1: tiles of 4 read 9 rows, the first and the last fewer.
+    assert gpu_paper._reads(56, 28, 4, 3, 2, 1) == (8 + 6 * 9, 9)
+    assert gpu_paper._reads(56, 28, 28, 3, 2, 1) == (56, 56)
+    assert gpu_paper._reads(8, 8, 1, 1, 1, 0) == (8, 1)
+
+
+def test_a_stem_with_its_max_pool_in_one_kernel_does_not_pay():
+    for network in ("hara_r3d_18", "seed_r3d_18", "hara_r3d_50"):
+        for batch in (1, 8, 32):
+            pool = gpu_paper.fused_pool(network, batch)
+            assert 1 <= pool.recomputed < 2
+            assert pool.separate < pool.network
+            assert -0.05 < pool.gain < 0.03  # the pass of its own stays
+    assert gpu_paper.fused_pool("r3d_18", 8) is None
+
+
 def test_prints(capsys):
     assert gpu_paper.main(["--networks", "r3d_18,hara_r3d_50", "--batches", "1,32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("predicted, not measured") == 4
     assert printed.count("another kernel's") == 4  # the stems
+    assert printed.count("stem and max-pool:") == 2  # r3d_18 has none
     assert "n32c64d16h56w56k64f3s1p1+res+relu" in printed
     assert "352x64 /3" in printed

@@ -588,7 +588,11 @@ def test_bad_arguments_of_2018(args, error, match):
         (torch.zeros(1, 4, 3, 16, 16), ValueError, r"x: expected 3 channels .* got 4"),
         (torch.zeros(1, 3, 0, 16, 16), ValueError, r"stem's kernel \(3, 7, 7\), got \(0, 16, 16\)"),
         (torch.zeros(1, 3, 4, 16, 16, dtype=torch.float64), TypeError, r"x: expected torch.float32.*float64"),
-        (torch.zeros(1, 3, 4, 16, 16, dtype=torch.uint8), TypeError, r"x: expected torch.float32.*uint8"),
+        (
+            torch.zeros(1, 3, 4, 16, 16, dtype=torch.int8),
+            TypeError,
+            r"x: expected torch.float32.*got torch.int8",
+        ),
         (torch.zeros(1, 3, 4, 16, 16, device="meta"), ValueError, r"x: expected device cpu"),
     ],
 )
@@ -610,5 +614,5 @@ def test_clips_too_small_for_an_unpadded_stem():
 
 def test_autocast_does_not_take_integers():
     model = ResNet3D(2, depth=10, stem="torchvision").eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="uint8"):
-        model(torch.zeros(1, 3, 4, 16, 16, dtype=torch.uint8))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="int32"):
+        model(torch.zeros(1, 3, 4, 16, 16, dtype=torch.int32))

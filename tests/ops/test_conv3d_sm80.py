@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from r3d_kernels import _extension, backends, ops
+from r3d_kernels.ops.clip import ClipSource
 from r3d_kernels.problems import ConvProblem
 
 P = ConvProblem.parse("n2c3d4h9w11k16f3x7x7s1x2x2p1x3x3+res+relu")
@@ -49,6 +50,27 @@ def test_fakes(dtype):
         assert counter.get_total_flops() == 2 * P.macs
         raw = torch.empty(1, 3, 2, 4, 4, dtype=torch.uint8, device="cuda")
         assert op.clip_channels_last(raw, None, None, dtype).dtype == dtype
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_raw_clip_reaches_the_op(dtype):
+    """With fake tensors: order and types of the arguments are the schema's."""
+    request = request_for("n2c3d4h9w11k16f3x7x7s1x2x2p1x3x3+relu", dtype)
+    p = request.problem
+    with FakeTensorMode():
+        raw = torch.empty(p.n, p.c, p.d, p.h, p.w, dtype=torch.uint8, device="cuda")
+        norm = tuple(torch.empty(p.k, device="cuda") for _ in range(4))
+        layer = backends.Layer.of(torch.empty(p.k, p.c, *p.kernel, device="cuda"), None, (*norm, 1e-5))
+        pack = kernel().pack(layer, request)
+        vector = torch.empty(p.c, device="cuda")
+        for source in (ClipSource(vector, vector, dtype), ClipSource(None, None, dtype)):
+            with FlopCounterMode(display=False) as counter:
+                y = kernel().run_clip(pack, raw, source, request)
+            assert (tuple(y.shape), y.dtype) == ((p.n, p.k, *p.out_size), dtype)
+            assert y.is_contiguous(memory_format=torch.channels_last_3d)
+            assert counter.get_total_flops() == 2 * p.macs
+            assert source.convert(raw).dtype == dtype
 
 
 @compiled
@@ -160,5 +182,7 @@ def test_clips_with_wrong_arguments():
         ops.clip_channels_last(clip, [1.0, 2.0])
     with pytest.raises(ValueError, match="std: expected finite numbers > 0"):
         ops.clip_channels_last(clip, std=[1.0, 0.0, 2.0])
+    with pytest.raises(TypeError, match="mean: expected 3 numbers, one a channel, or None, got 'hara'"):
+        ops.clip_channels_last(clip, "hara")
     with pytest.raises(ValueError, match="clip: expected 5 dimensions"):
         ops.clip_channels_last(clip[0])

@@ -24,14 +24,17 @@ def test_refusals_reach_python():
     assert refuses("n1c64d4h8w8k64f3p1") == ""
     assert refuses("n1c64d4h8w8k64f3p1", torch.float16) == ""
     assert "bfloat16 and float16" in refuses("n1c64d4h8w8k64f3p1", torch.float32)
-    assert "multiple of 8" in refuses("n1c3d4h8w8k64f3p1")
+    assert refuses("n1c45d4h8w8k230f3p1") == ""
+    assert "strides up to 8" in refuses("n1c64d4h8w8k64f3s9p1")
     with pytest.raises(RuntimeError, match="kernel_size: the kernel does not fit"):
         torch.ops.r3d_kernels.conv3d_sm90_refuses(
             [1, 8, 1, 1, 1], [8, 8, 3, 3, 3], [1] * 3, [0] * 3, [1] * 3, torch.half
         )
 
 
-@pytest.mark.parametrize("text", ["n2c64d4h9w8k24f3s2x1x1p1x0x2+res", "n0c8d4h9w8k8f3p1l2x1x1"])
+@pytest.mark.parametrize(
+    "text", ["n2c64d4h9w8k24f3s2x1x1p1x0x2+res", "n0c8d4h9w8k8f3p1l2x1x1", "n2c45d4h9w8k230f3p1+res"]
+)
 def test_fake(text):
     p = ConvProblem.parse(text)
     with FakeTensorMode():
@@ -45,7 +48,10 @@ def test_fake(text):
     assert tuple(y.shape) == tuple(p.out_shape)
     assert y.dtype == torch.bfloat16
     assert y.device.type == "cuda"
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    k = p.k + -p.k % 8  # a pixel's channels begin at a multiple of 16 bytes
+    d, h, w = p.out_size
+    assert y.stride() == (d * h * w * k, 1, h * w * k, w * k, k)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d) == (p.k % 8 == 0)
 
 
 def test_flops():
@@ -91,8 +97,10 @@ def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
     errors = {1: 3.0, 4: float("inf")}
     asked = []
 
-    def trial(dtype, tile, split, device):
+    def trial(dtype, tile, split, device, padded):
         asked.append((dtype, tile, split, device))
+        if padded:
+            return 0.5 if tile == 2 else 2.0
         if tile == 7:
             raise RuntimeError("an illegal instruction was encountered")
         return errors.get(tile, 0.5)
@@ -101,7 +109,7 @@ def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
     kernel = Sm90Cuda()
     assert kernel.can_run(request()) is None
     every = (1 << len(conv3d_sm90.TILES)) - 1
-    assert conv3d_sm90.proven == {0: every & ~(1 << 1 | 1 << 4 | 1 << 7)}
+    assert conv3d_sm90.proven == {(0, False): every & ~(1 << 1 | 1 << 4 | 1 << 7)}
     assert {tile for _, tile, _, _ in asked} == set(range(len(conv3d_sm90.TILES)))
     asked.clear()
     assert kernel.can_run(request(dtype=torch.float16)) is None
@@ -113,20 +121,34 @@ def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
     assert weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert scale.dtype == shift.dtype == torch.float32
     assert bool((scale == 1).all())
-    assert tiles == conv3d_sm90.proven[0]
+    assert tiles == conv3d_sm90.proven[0, False]
+
+    # Channels that are no multiple of 8 have a trial, a pack and tiles of their own.
+    odd = request("n1c45d4h8w8k230f3p1")
+    assert kernel.can_run(odd) is None
+    assert conv3d_sm90.proven[0, True] == 1 << 2
+    assert kernel.pack_key(odd) != kernel.pack_key(request())
+    plain = torch.randn(230, 45, 3, 3, 3)
+    weight, scale, shift, tiles = kernel.pack(backends.Layer.of(plain, None, None), odd)
+    assert torch.equal(weight, plain.bfloat16())
+    assert weight.stride() == (48 * 27, 1, 48 * 9, 48 * 3, 48)
+    assert not weight.as_strided((230 * 27, 48), (48, 1))[:, 45:].any()
+    assert scale.shape == shift.shape == (230,)
+    assert tiles == 1 << 2
 
 
 def test_a_gpu_that_computes_nonsense_is_left_alone(hopper, monkeypatch):
-    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a: float("inf"))
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: float("inf"))
     assert "wrong results" in Sm90Cuda().can_run(request())
 
 
 def test_no_trial_inside_a_capture(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a: pytest.fail("a trial synchronizes"))
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: pytest.fail("a trial synchronizes"))
     assert "captured" in Sm90Cuda().can_run(request())
-    conv3d_sm90.proven[0] = 1
+    conv3d_sm90.proven[0, False] = 1
     assert Sm90Cuda().can_run(request()) is None
+    assert "captured" in Sm90Cuda().can_run(request("n1c64d4h8w8k45f3p1"))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +156,7 @@ def test_no_trial_inside_a_capture(hopper, monkeypatch):
     [
         ("n1c64d4h8w8k64f3p1", torch.float32, "bfloat16 and float16 only"),
         ("n1c64d4h8w8k64f3p1g2", torch.bfloat16, "groups=1"),
-        ("n1c45d4h8w8k64f3p1", torch.bfloat16, "multiple of 8"),
+        ("n1c3d4h8w8k64f3p1", torch.bfloat16, "64 channels at a time, more than it is worth for 3"),
     ],
 )
 def test_what_it_cannot_run(hopper, text, dtype, why):

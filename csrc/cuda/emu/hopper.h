@@ -304,10 +304,10 @@ class Hopper : public Engine {
     for (int i = 0; i < elements; i += 8) {
       char* s = base_ + swizzled(start + i * 2);
       const int64_t here = std::max<int64_t>(0, std::min<int64_t>(8, valid - i)) * 2;
-      if (store) {
+      if (store) {  // whole 16 bytes, past the last element too
         const bool unseen = unfenced_[size_t(s - base_) / 16] >= 0;
-        if (here && unseen) std::memset(global + i * 2, 0xff, here);
-        if (here && !unseen) std::memcpy(global + i * 2, s, here);
+        if (here && unseen) std::memset(global + i * 2, 0xff, 16);
+        if (here && !unseen) std::memcpy(global + i * 2, s, 16);
       } else {
         unfenced_[size_t(s - base_) / 16] = -1;
         std::memset(s, 0, 16);
