@@ -42,6 +42,7 @@ TILES = {
     (3, 1, 1): (((1, 1, 1), 3), ((2, 1, 1), 3), ((4, 1, 1), 3), ((1, 1, 1), 2)),
     (1, 1, 1): (((1, 1, 1), 3), ((1, 1, 1), 2)),
 }
+TWO_FRAMES = ((2, 2, 2), (2, 4, 4))  # those with products of their own where an input has just two
 CHANNELS = (64, 128, 256, 512)
 SIZE = (4, 14, 14)
 
@@ -51,10 +52,17 @@ def measure_strided(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
     return measure_one(kernel, c, stride=2)
 
 
-def measure_one(kernel: tuple[int, int, int], c: int, stride: int = 1) -> dict[str, float]:
+def measure_two_frames(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
+    """As `measure_one`, of an input two frames deep."""
+    return measure_one(kernel, c, frames=2)
+
+
+def measure_one(
+    kernel: tuple[int, int, int], c: int, stride: int = 1, frames: int = SIZE[0]
+) -> dict[str, float]:
     """Algorithm to error, "stock" among them."""
     generator = torch.Generator().manual_seed(c)
-    x = torch.randn(1, c, *SIZE, generator=generator).relu()
+    x = torch.randn(1, c, frames, *SIZE[1:], generator=generator).relu()
     weight = (
         torch.randn(c, c, *kernel, generator=generator) * (2 / (c * kernel[0] * kernel[1] * kernel[2])) ** 0.5
     )
@@ -64,10 +72,11 @@ def measure_one(kernel: tuple[int, int, int], c: int, stride: int = 1) -> dict[s
     zeros = torch.zeros(c)
     y = ops.conv3d_direct(x, weight, zeros, activation=None, **geometry)
     errors["direct"] = relative_error(y, want)
-    for tile in WINOGRAD[kernel] if stride == 1 else STRIDED:
+    plain = stride == 1 and frames == SIZE[0]
+    for tile in WINOGRAD[kernel] if plain else TWO_FRAMES if stride == 1 else STRIDED:
         y = ops.conv3d_winograd(x, weight, zeros, activation=None, tile=tile, **geometry)
         errors[f"winograd{''.join(map(str, tile))}"] = relative_error(y, want)
-    for tile, slices in TILES[kernel] if stride == 1 else ():
+    for tile, slices in TILES[kernel] if plain else ():
         name = f"tiles{''.join(map(str, tile))}" + ("" if slices == 3 else f" {slices} slices")
         y = ops.conv3d_tiles(x, weight, zeros, activation=None, slices=slices, tile=tile, **geometry)
         errors[name] = relative_error(y, want)
@@ -102,13 +111,15 @@ def main() -> int:
     with torch.inference_mode():
         cases = [(k, c, measure_one) for k in WINOGRAD for c in CHANNELS]
         cases += [((3, 3, 3), c, measure_strided) for c in CHANNELS]
+        cases += [((3, 3, 3), c, measure_two_frames) for c in CHANNELS]
         cases += [(k, c, measure_stem) for k in STEMS for c in (1, 3)]
         for kernel, c, measure in cases:
             errors = measure(kernel, c)
-            strided = {"stride": 2} if measure is measure_strided else {}
-            rows.append({"kernel": list(kernel), "channels": c, **strided, "errors": errors})
+            case = {measure_strided: {"stride": 2}, measure_two_frames: {"frames": 2}}.get(measure, {})
+            rows.append({"kernel": list(kernel), "channels": c, **case, "errors": errors})
             text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            print(f"{'x'.join(map(str, kernel))}{' s2' if strided else ''} C={c:<4} {text}")
+            which = "".join(f" {name} {value}" for name, value in case.items())
+            print(f"{'x'.join(map(str, kernel))}{which} C={c:<4} {text}")
     if args.json:
         write_json(args.json, {"machine": machine(), "float32": rows})
     return 0

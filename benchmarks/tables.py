@@ -148,7 +148,13 @@ def accuracy(names: list[str], *, stems: bool = False) -> str:
     for row in reports[0]["float32"]:
         if stems is any(name.startswith("stem") for name in row["errors"]):
             for name, error in row["errors"].items():
-                kernel = "x".join(map(str, row["kernel"])) + (" stride 2" if row.get("stride") == 2 else "")
+                kernel = "x".join(map(str, row["kernel"])) + (
+                    " stride 2"
+                    if row.get("stride") == 2
+                    else " on two frames"
+                    if row.get("frames") == 2
+                    else ""
+                )
                 errors.setdefault(kernel, {}).setdefault(name, []).append(error)
     columns = list(dict.fromkeys(name for by_name in errors.values() for name in by_name))
     rows = [[kernel, *(span(by_name.get(c, [])) for c in columns)] for kernel, by_name in errors.items()]
