@@ -16,7 +16,7 @@ settings.register_profile(
     "default",
     deadline=None,  # shared machines
     derandomize=bool(os.environ.get("CI")),
-    max_examples=40,
+    max_examples=int(os.environ.get("R3D_TEST_EXAMPLES", "40")),
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
