@@ -335,11 +335,37 @@ cpu::WinogradTile tile_of(const Ints& tile) {
 
 Tensor conv3d_direct_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
                          std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
-                         std::string activation) {
+                         std::string activation, std::optional<Tensor> kept) {
+  Tensor k = kept ? plain(*kept) : x;
   return on_parameter(
       cpu::DirectArgs{}, x, weight, scale, bias, residual, stride, padding, dilation, activation,
-      [](const cpu::DirectArgs&) { return std::string(); }, kChannelsLast,
-      [](const cpu::DirectArgs& a) { cpu::conv3d_direct(a); });
+      [&](const cpu::DirectArgs& a) -> std::string {
+        if (!kept) return "";
+        if (!k.is_cpu() || k.scalar_type() != ScalarType::Byte || k.dim() != 1)
+          return std::string("kept: expected a 1-dimensional uint8 CPU tensor, got ") +
+                 name(k.scalar_type()) + " of shape " + text(sizes(k));
+        const char* wrong = cpu::check_kept(k.const_data_ptr(), k.numel(), a);
+        return wrong ? std::string("kept: ") + wrong : "";
+      },
+      kChannelsLast,
+      [&](cpu::DirectArgs a) {
+        a.kept = kept ? k.const_data_ptr() : nullptr;
+        cpu::conv3d_direct(a);
+      });
+}
+
+Tensor conv3d_keep_cpu(Tensor weight, Ints input, Ints stride, Ints padding, Ints dilation) {
+  const Ints w = sizes(weight);
+  R3D_CHECK(w.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(w));
+  cpu::DirectArgs a{};
+  a.conv.g = geometry(input, w[0], w[1], {w[2], w[3], w[4]}, stride, padding, dilation, 1);
+  a.conv.dtype = dtype_of(weight, "weight");
+  a.weight_channels_last = !weight.is_contiguous() && is_channels_last(weight);
+  const Tensor wp = a.weight_channels_last ? weight : plain(weight);
+  a.conv.weight = wp.const_data_ptr();
+  Tensor kept = torch::stable::empty(Ints{cpu::keep_weights(a, nullptr)}, ScalarType::Byte);
+  if (kept.numel()) cpu::keep_weights(a, kept.mutable_data_ptr());
+  return kept;
 }
 
 Tensor conv3d_tiles_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
@@ -884,7 +910,8 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "int[] padding, str activation, int[] tile) -> Tensor");
   m.def(
       "conv3d_direct(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
-      "int[] padding, int[] dilation, str activation) -> Tensor");
+      "int[] padding, int[] dilation, str activation, Tensor? kept=None) -> Tensor");
+  m.def("conv3d_keep(Tensor weight, int[] input, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "conv3d_stem(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] padding, str activation, int tile, int row_tile=1) -> Tensor");
@@ -904,6 +931,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("conv3d_tiles", TORCH_BOX(&r3d::conv3d_tiles_cpu));
   m.impl("conv3d_winograd", TORCH_BOX(&r3d::conv3d_winograd_cpu));
   m.impl("conv3d_direct", TORCH_BOX(&r3d::conv3d_direct_cpu));
+  m.impl("conv3d_keep", TORCH_BOX(&r3d::conv3d_keep_cpu));
   m.impl("conv3d_stem", TORCH_BOX(&r3d::conv3d_stem_cpu));
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));

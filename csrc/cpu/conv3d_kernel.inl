@@ -4,9 +4,11 @@
 //
 // A policy V has: Reg (a vector of float32), kLanes, zero, load, store, broadcast, fma(a, b, c) = a*b + c,
 // add, relu (NaN stays NaN), load_bf16, store_bf16, partial forms of the loads and stores for the first n
-// lanes, and transpose of kLanes vectors, whatever their bits mean.
+// lanes, transpose of kLanes vectors, whatever their bits mean, and last_in_memory(rows, vectors): whether a
+// tile of that size leaves no register for the last vector of weights, which fma_memory then multiplies.
 
 #include "conv3d_parameter.inl"
+#include "conv3d_turner.inl"
 
 struct Pixel {
   int64_t sample;   // offset of the sample in elements
@@ -42,15 +44,18 @@ struct MathF32 {
                                                         int64_t offset, const char* weights, int begin,
                                                         int end) {
     const float* b = reinterpret_cast<const float*>(weights) + static_cast<int64_t>(begin) * NV * V::kLanes;
+    constexpr bool kMemory = V::last_in_memory(HI - LO, NV);
+    constexpr int kHeld = kMemory ? NV - 1 : NV;
     const A* a[MR];
     for (int i = LO; i < HI; ++i) a[i] = rows[i] + offset;
 #pragma GCC unroll 2
     for (int e = begin; e < end; ++e) {
       typename V::Reg w[NV];
-      for (int j = 0; j < NV; ++j) w[j] = V::load(b + j * V::kLanes);
+      for (int j = 0; j < kHeld; ++j) w[j] = V::load(b + j * V::kLanes);
       for (int i = LO; i < HI; ++i) {
         const typename V::Reg v = V::broadcast(a[i] + e);
-        for (int j = 0; j < NV; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
+        for (int j = 0; j < kHeld; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
+        if constexpr (kMemory) V::fma_memory(v, b + kHeld * V::kLanes, acc[i][kHeld]);
       }
       b += NV * V::kLanes;
     }
@@ -62,7 +67,8 @@ struct MathF32 {
 };
 
 // Where a tile reads its activations: `runs` runs of `steps` steps each; at[run * next + pixel] + offset
-// points to a run. Where it is `zeros` for all pixels of the tile, the run is left out.
+// points to a run, and the offset grows by `advance` from run to run. Where it is `zeros` for all pixels of
+// the tile, the run is left out.
 template <class A>
 struct Rows {
   const A* const* at;
@@ -75,6 +81,8 @@ struct Rows {
   // The first pixel of a line lies outside the input before step `from` of a run, the last one from step
   // `to`.
   int from = 0, to = INT32_MAX;
+  int64_t advance = 0;
+  void* turner = nullptr;  // a Turner of the same V and Math: works between the runs
 };
 
 // Finishes `count` pixels whose panel is not full, from sums in memory.
@@ -121,8 +129,11 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
   bool any = false;
   const typename Math::A* const* at = rows.at;
   const int64_t next_run = rows.gap + static_cast<int64_t>(rows.steps) * NV * V::kLanes * 4;
-  for (int run = 0; run < rows.runs; ++run, at += rows.next, weights += next_run) {
+  int64_t offset = rows.offset;
+  for (int run = 0; run < rows.runs; ++run, at += rows.next, offset += rows.advance, weights += next_run) {
     if (rows.ahead) rows.ahead->step();
+    if constexpr (MR * NV <= V::kTurnTile)
+      if (rows.turner) static_cast<Turner<V, Math>*>(rows.turner)->step();
     bool live = false;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) live |= at[i] != rows.zeros;
@@ -135,11 +146,11 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
         from = to = rows.steps;
       else if (at[MR - 1] == rows.zeros)
         from = to = 0;
-      if (from > 0) Math::template run<1, MR>(acc, at, rows.offset, weights, 0, from);
+      if (from > 0) Math::template run<1, MR>(acc, at, offset, weights, 0, from);
     }
-    Math::template run<0, MR>(acc, at, rows.offset, weights, from, to);
+    Math::template run<0, MR>(acc, at, offset, weights, from, to);
     if constexpr (MR > 1)
-      if (to < rows.steps) Math::template run<0, MR - 1>(acc, at, rows.offset, weights, to, rows.steps);
+      if (to < rows.steps) Math::template run<0, MR - 1>(acc, at, offset, weights, to, rows.steps);
   }
   if (!any && !first && !tail) return;
   // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
@@ -351,17 +362,27 @@ struct Direct {
     }
   }
 
+  // Pixels of a full tile: fewer where the registers have to do for turning, too.
+  static int rows_of_tile(int vectors, bool turning) {
+    const int most = V::direct_rows(vectors);
+    return turning && most > V::kTurnTile / vectors ? V::kTurnTile / vectors : most;
+  }
+  static int tiles_of(int count, int line, int most) {
+    const int whole = count / line, rest = count % line;
+    return whole * ((line + most - 1) / most) + (rest + most - 1) / most;
+  }
+
   // No tile goes beyond a line of `line` pixels: they see the same taps.
   template <int NV>
   void panel(Rows<A> rows, int count, int line, const char* weights, float* sums, int64_t ld, bool first,
              Tail* tail) const {
-    constexpr int kMax = V::max_rows(NV);
+    constexpr int kMax = V::direct_rows(NV);
     static constexpr Tiles<V, Math, NV, kMax> tiles{};
-    const int from = rows.from, to = rows.to;
+    const int from = rows.from, to = rows.to, most = rows_of_tile(NV, rows.turner != nullptr);
     for (int i = 0; i < count;) {
       const int in_line = line - i % line, left = count - i < in_line ? count - i : in_line;
       // an even split of the last rows: two tiles of 4 keep the multipliers busier than 6 + 2
-      const int mr = left >= 2 * kMax ? kMax : left > kMax ? (left + 1) / 2 : left;
+      const int mr = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
       rows.from = i % line == 0 ? from : 0;
       rows.to = mr == in_line ? to : rows.steps;
       tiles.fn[mr](rows, weights, sums + i * ld, ld, first, tail);
@@ -625,110 +646,262 @@ struct Direct {
     return even <= most ? even : most / unit * unit;
   }
 
-  // Few pixels, many weights: output pixels [m0, m0+count) of the panel of `width` channels at k, whose
-  // weights are turned a chunk of input channels at a time, right before they are multiplied.
-  void turning_block(const Weights& weights, int64_t channels, int64_t m0, int count, int64_t k,
-                     int64_t width) const {
-    const int64_t plane = g.kernel.h * g.kernel.w, taps = weights.taps;
-    const int vectors = static_cast<int>(width / V::kLanes);
-    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
-                                                       taps * count * static_cast<int64_t>(sizeof(void*)) +
-                                                       g.kernel.d * static_cast<int64_t>(sizeof(int64_t))));
-    const A** at = reinterpret_cast<const A**>(pixels + count);
-    int64_t* planes = reinterpret_cast<int64_t*>(at + taps * count);
-    float* sums = static_cast<float*>(scratch(1, count * width * 4));
+  // Few pixels, many weights: these are turned a chunk of input channels at a time.
+  struct Turning {
+    int64_t channels;  // of a chunk
+    int64_t plane;     // taps of a plane
+    int live;          // planes of taps that touch the input anywhere
+    const int64_t* planes;
     // Runs are often a multiple of 4 KiB: without a gap, all taps of a channel would compete for one set of
     // L1.
-    const int64_t gap = 5 * V::kLanes, tap_stride = channels / Math::kStep * width + gap;
-    float* turned =
-        static_cast<float*>(scratch(2, taps * tap_stride * 4 + (g.c + 16) * static_cast<int64_t>(sizeof(A))));
-    A* zeros = reinterpret_cast<A*>(turned + taps * tap_stride);
+    static constexpr int64_t kGap = 5 * V::kLanes;
+
+    static int64_t tap_stride(int64_t channels, int64_t width) {
+      return channels / Math::kStep * width + kGap;
+    }
+    // Floats of the chunks before input channel c, all of `width` output channels; c starts a chunk or is the
+    // end.
+    int64_t before(int64_t c, int64_t width) const {
+      return live * plane * (c / Math::kStep * width + (c + channels - 1) / channels * kGap);
+    }
+    // Floats of the panels before one that starts at output channel k.
+    int64_t before_panel(int64_t c, int64_t panel, int64_t k) const {
+      return live * plane * (c / Math::kStep * k + panel * ((c + channels - 1) / channels * kGap));
+    }
+  };
+  // Panels of at most `most` vectors: of nearly the same width, and as many for every thread.
+  static int64_t panels_of(int64_t vectors, int64_t most, int64_t blocks) {
+    int64_t panels = (vectors + most - 1) / most;
+    while (panels * blocks % thread_pool().threads() && panels < vectors) ++panels;
+    return panels;
+  }
+
+  // Turns the weights of input channels [c0, c1) at once, for vectors [from, vectors) of the panel at k.
+  void turn_chunk(const Weights& weights, const Turning& t, int64_t k, int from, int vectors, int64_t c0,
+                  int64_t c1, float* out) const {
+    const int64_t width = vectors * V::kLanes, next_tap = Turning::tap_stride(c1 - c0, width);
+    for (int64_t j = from * V::kLanes; j < width; j += V::kLanes)
+      if (t.live == g.kernel.d)
+        weights.turn(k + j, c0, c1, 0, weights.taps, out + j, next_tap, width);
+      else
+        for (int l = 0; l < t.live; ++l)
+          weights.turn(k + j, c0, c1, t.planes[l] * t.plane, (t.planes[l] + 1) * t.plane,
+                       out + l * t.plane * next_tap + j, next_tap, width);
+  }
+
+  // Output pixels [m0, m0+count) of the panel of `width` channels at k. Its weights are in `kept`; or they
+  // are turned right before they are multiplied, or while the chunk before theirs is, where the registers
+  // suffice.
+  void turning_block(const Weights& weights, int64_t channels, int64_t m0, int count, int64_t k,
+                     int64_t width, const float* kept) const {
+    constexpr bool kBetween = V::kTurnTile > 0;
+    using Unit = TurnUnit<4 * Math::kStep>;
+    const int64_t plane = g.kernel.h * g.kernel.w, taps = weights.taps;
+    const int vectors = static_cast<int>(width / V::kLanes);
+    const int64_t most_units = kBetween && !kept ? channels * taps : 0;
+    Pixel* pixels = static_cast<Pixel*>(scratch(0, count * static_cast<int64_t>(sizeof(Pixel)) +
+                                                       taps * count * static_cast<int64_t>(sizeof(void*)) +
+                                                       g.kernel.d * static_cast<int64_t>(sizeof(int64_t)) +
+                                                       most_units * static_cast<int64_t>(sizeof(Unit))));
+    const A** at = reinterpret_cast<const A**>(pixels + count);
+    int64_t* planes = reinterpret_cast<int64_t*>(at + taps * count);
+    Unit* units = reinterpret_cast<Unit*>(planes + g.kernel.d);
+    float* sums = static_cast<float*>(scratch(1, count * width * 4));
+    // What units waste goes to the end.
+    const int64_t most_stride = Turning::tap_stride(channels, width),
+                  buffer = kept ? 0 : taps * most_stride + (kBetween ? V::kLanes : 0);
+    float* turned = static_cast<float*>(
+        scratch(2, (kBetween ? 2 : 1) * buffer * 4 + (g.c + 16) * static_cast<int64_t>(sizeof(A))));
+    A* zeros = reinterpret_cast<A*>(turned + (kBetween ? 2 : 1) * buffer);
     fill_zero(zeros, g.c + 16);
     place_pixels(pixels, m0, count);
 
-    int live = 0;  // planes of taps that touch the input anywhere
-    for (int64_t t = 0; t < g.kernel.d; ++t) {
-      const A** row = at + live * plane * count;
+    Turning t{channels, plane, 0, planes};
+    for (int64_t p = 0; p < g.kernel.d; ++p) {
+      const A** row = at + t.live * plane * count;
       bool any = false;
       for (int64_t r = 0; r < g.kernel.h; ++r)
         for (int64_t s = 0; s < g.kernel.w; ++s, row += count)
           for (int i = 0; i < count; ++i) {
-            const Pixel& p = pixels[i];
-            const int64_t id = p.d + t * g.dilation.d, ih = p.h + r * g.dilation.h,
-                          iw = p.w + s * g.dilation.w;
+            const Pixel& pixel = pixels[i];
+            const int64_t id = pixel.d + p * g.dilation.d, ih = pixel.h + r * g.dilation.h,
+                          iw = pixel.w + s * g.dilation.w;
             const bool inside = id >= 0 && id < g.in.d && ih >= 0 && ih < g.in.h && iw >= 0 && iw < g.in.w;
             any |= inside;
-            row[i] = inside ? reinterpret_cast<const A*>(static_cast<const T*>(args.x) + p.sample) +
+            row[i] = inside ? reinterpret_cast<const A*>(static_cast<const T*>(args.x) + pixel.sample) +
                                   ((id * g.in.h + ih) * g.in.w + iw) * g.c
                             : zeros;
           }
-      if (any) planes[live++] = t;
+      if (any) planes[t.live++] = p;
     }
     // Tiles of one line of pixels leave out the rows of taps above and below the input.
     const bool by_line = g.kernel.h > 1 && g.out.w >= 3 && g.out.w <= 16 && m0 % g.out.w == 0;
     const int line = by_line ? static_cast<int>(g.out.w) : count;
-    const int64_t tiles_of_all = by_line ? (count + line - 1) / line * ((line + 5) / 6) : (count + 5) / 6;
 
     Epilogue epilogue;
     Tail tail = epilogue.of(*this, m0, k, vectors);
-    if (!live) {
+    if (!t.live) {
       panel_of(vectors, Rows<A>{at, count, 0, 0}, count, count, nullptr, sums, width, true, &tail);
       return;
     }
-    for (int64_t c0 = 0; c0 < g.c; c0 += channels) {
+    // A single run of many steps is cut, so that there is something to do between its parts.
+    constexpr int64_t kPart = 16;
+    int between = 0;  // vectors that are turned while the chunk before theirs is multiplied
+    if (kBetween && !kept && planes[t.live - 1] - planes[0] + 1 == t.live)
+      between = static_cast<int>((g.k - k < width ? g.k - k : width) / V::kLanes);
+    int64_t unit_channels = 0;
+    int unit_count = 0;
+    for (int64_t c0 = 0, chunk = 0; c0 < g.c; c0 += channels, ++chunk) {
       const int64_t c1 = g.c - c0 < channels ? g.c : c0 + channels;
       const int run_steps = static_cast<int>((c1 - c0) / Math::kStep);
-      const int64_t next_tap = run_steps * width + gap;
-      if (live == g.kernel.d)
-        weights.turn_panel(k, c0, c1, 0, taps, turned, next_tap, width);
-      else
-        for (int l = 0; l < live; ++l)
-          weights.turn_panel(k, c0, c1, planes[l] * plane, (planes[l] + 1) * plane,
-                             turned + l * plane * next_tap, next_tap, width);
-      Ahead ahead{};
-      if (c1 < g.c && taps > 1) {  // with one tap, there is less to compute than to ask for
-        const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
-        ahead = weights.ahead(k, width, c1, next, planes[0] * plane, (planes[live - 1] + 1) * plane);
-        const int64_t lines = ahead.rows * ahead.segments * ((ahead.bytes + 126) / 64);
-        const int64_t stops = live * plane * tiles_of_all;
-        ahead.lines = static_cast<int>((lines + stops - 1) / stops);
+      const int64_t next_tap = Turning::tap_stride(c1 - c0, width);
+      const float* now = kept ? kept + t.before(c0, width) : turned + (between && chunk % 2 ? buffer : 0);
+      if (!kept) turn_chunk(weights, t, k, c0 == 0 ? 0 : between, vectors, c0, c1, const_cast<float*>(now));
+      Rows<A> rows{at, count, static_cast<int>(plane), run_steps, c0, zeros, nullptr, Turning::kGap * 4};
+      if (plane == 1 && run_steps % kPart == 0) {
+        rows.next = rows.gap = 0;
+        rows.runs = static_cast<int>(run_steps / kPart);
+        rows.steps = kPart;
+        rows.advance = kPart * Math::kStep;
       }
-      for (int l = 0; l < live; ++l) {
-        const Rows<A> rows{
-            at + l * plane * count, count, static_cast<int>(plane), run_steps, c0, zeros, &ahead, gap * 4};
-        panel_of(vectors, rows, count, line, reinterpret_cast<const char*>(turned + l * plane * next_tap),
-                 sums, width, c0 == 0 && l == 0, c1 == g.c && l + 1 == live ? &tail : nullptr);
+      const int64_t stops = t.live * rows.runs * tiles_of(count, line, rows_of_tile(vectors, between > 0));
+      auto multiply = [&] {
+        Rows<A> of_plane = rows;
+        for (int l = 0; l < t.live; ++l, of_plane.at += plane * count)
+          panel_of(vectors, of_plane, count, line, reinterpret_cast<const char*>(now + l * plane * next_tap),
+                   sums, width, c0 == 0 && l == 0, c1 == g.c && l + 1 == t.live ? &tail : nullptr);
+      };
+      if (kept || c1 == g.c) {
+        multiply();
+      } else if constexpr (kBetween) {
+        const int64_t next = g.c - c1 < channels ? g.c - c1 : channels;
+        if (next != unit_channels) {
+          unit_channels = next;
+          bool over = false;
+          unit_count =
+              turn_units<V, Math>(units, weights, next, planes[0] * plane, t.live * plane,
+                                  Turning::tap_stride(next, width), width, taps * most_stride, &over);
+          // what they would read behind the last row is not ours
+          if (over && between && k + between * V::kLanes == g.k) --between;
+        }
+        const int64_t size = sizeof(T), each_channel = weights.channels_last ? 1 : taps;
+        Turner<V, Math> turner{};
+        turner.units = units;
+        turner.count = unit_count;
+        turner.each = static_cast<int>((between * unit_count + stops - 1) / stops);
+        turner.row = g.c * taps * size;
+        turner.soon = next * each_channel * size;
+        turner.partner = Math::kStep == 2 && each_channel > 1 ? taps * size : 0;
+        turner.at = reinterpret_cast<const char*>(weights.at + (k * g.c * taps + c1 * each_channel));
+        turner.out = turned + (chunk % 2 ? 0 : buffer);
+        turner.vectors = between;
+        if (between) rows.turner = &turner;
+        multiply();
+        turner.finish();
+      } else {
+        Ahead ahead{};
+        if (taps > 1) {  // with one tap, there is less to compute than to ask for
+          const int64_t next = g.c - c1 < channels ? g.c : c1 + channels;
+          ahead = weights.ahead(k, width, c1, next, planes[0] * plane, (planes[t.live - 1] + 1) * plane);
+          const int64_t lines = ahead.rows * ahead.segments * ((ahead.bytes + 126) / 64);
+          ahead.lines = static_cast<int>((lines + stops - 1) / stops);
+          rows.ahead = &ahead;
+        }
+        multiply();
       }
     }
   }
 
-  void run_turning(const Weights& weights, int64_t channels) const {
-    const int64_t m = g.pixels(), lanes = V::kLanes, padded = (g.k + lanes - 1) / lanes * lanes;
-    const int threads = thread_pool().threads();
+  void run_turning(const Weights& weights, int64_t channels, const void* kept) const {
+    const int64_t m = g.pixels(), lanes = V::kLanes, vectors = (g.k + lanes - 1) / lanes;
     int64_t blocks = (m + kFewPixels - 1) / kFewPixels;
     int64_t rows = (m + blocks - 1) / blocks;
     rows = (rows + g.out.w - 1) / g.out.w * g.out.w;
     blocks = (m + rows - 1) / rows;
-    int64_t width = kPanelVectors * lanes;
-    while (width > lanes && (padded + width - 1) / width * blocks < threads)
-      width = width / lanes / 2 * lanes;
-    const int64_t panels = (padded + width - 1) / width;
+    int64_t panels = panels_of(vectors, V::kTurnTile > 0 ? V::kTurnVectors : kPanelVectors, blocks);
+    int64_t planes[kMostKeptPlanes];
+    Turning t{channels, g.kernel.h * g.kernel.w, 0, planes};
+    const float* payload = nullptr;
+    if (kept) {
+      const auto& header = *static_cast<const KeptHeader*>(kept);
+      payload = reinterpret_cast<const float*>(static_cast<const char*>(kept) + sizeof header);
+      panels = header.panels;
+      t.live = live_planes(planes);
+    }
     parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t k = task / blocks * width, m0 = task % blocks * rows;
-        turning_block(weights, channels, m0, static_cast<int>(m - m0 < rows ? m - m0 : rows), k,
-                      padded - k < width ? padded - k : width);
+        const int64_t panel = task / blocks, m0 = task % blocks * rows;
+        const int64_t from = vectors * panel / panels, to = vectors * (panel + 1) / panels;
+        turning_block(weights, channels, m0, static_cast<int>(m - m0 < rows ? m - m0 : rows), from * lanes,
+                      (to - from) * lanes,
+                      kept ? payload + t.before_panel(g.c, panel, from * lanes) : nullptr);
       }
     });
   }
 
-  void run_parameter(const DirectArgs& a, int max_chunk) {
-    const Weights weights{static_cast<const T*>(args.weight), g.k, g.c, g.kernel.volume(),
-                          a.weight_channels_last};
-    // The order of the sums must not depend on the threads: nor must this choice.
-    const int64_t channels = kSameType && g.c % Math::kStep == 0 ? turned_channels(max_chunk) : 0;
+  // ---- weights that are turned once and kept
+
+  static constexpr int kMostKeptPlanes = 16;
+
+  // Planes of taps that touch the input anywhere.
+  int live_planes(int64_t* planes) const {
+    int live = 0;
+    for (int64_t t = 0; t < g.kernel.d; ++t) {
+      bool any = false;
+      for (int64_t o = 0; o < g.out.d; ++o) {
+        const int64_t id = o * g.stride.d - g.padding.d + t * g.dilation.d;
+        any |= id >= 0 && id < g.in.d;
+      }
+      if (any) planes[live++] = t;
+    }
+    return live;
+  }
+
+  // Turns all weights that matter to `out`, a header first; null only asks for the bytes: 0 where nothing can
+  // be kept.
+  int64_t keep(const DirectArgs& a, int max_chunk, void* out) const {
+    const Weights weights = weights_of(a);
+    const int64_t channels = channels_of_chunk(max_chunk), lanes = V::kLanes;
+    if (!channels || g.pixels() > kFewPixels || g.kernel.d > kMostKeptPlanes) return 0;
+    int64_t planes[kMostKeptPlanes];
+    Turning t{channels, g.kernel.h * g.kernel.w, 0, planes};
+    t.live = live_planes(planes);
+    const int64_t vectors = (g.k + lanes - 1) / lanes;
+    const int64_t panels = panels_of(vectors, kPanelVectors, 1);
+    KeptHeader header{};
+    header.bytes = static_cast<int64_t>(sizeof header) + 4 * t.before_panel(g.c, panels, vectors * lanes);
+    if (!out) return header.bytes;
+    header.magic = kKeptMagic;
+    header.panels = static_cast<int32_t>(panels);
+    header.geometry = g;
+    __builtin_memcpy(out, &header, sizeof header);
+    float* payload = reinterpret_cast<float*>(static_cast<char*>(out) + sizeof header);
     if constexpr (kSameType)
-      if (channels && g.pixels() <= kFewPixels) return run_turning(weights, channels);
+      parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const int64_t from = vectors * panel / panels, width = vectors * (panel + 1) / panels - from;
+          for (int64_t c0 = 0; c0 < g.c; c0 += channels)
+            turn_chunk(weights, t, from * lanes, 0, static_cast<int>(width), c0,
+                       g.c - c0 < channels ? g.c : c0 + channels,
+                       payload + t.before_panel(g.c, panel, from * lanes) + t.before(c0, width * lanes));
+        }
+      });
+    return header.bytes;
+  }
+
+  Weights weights_of(const DirectArgs& a) const {
+    return {static_cast<const T*>(a.conv.weight), g.k, g.c, g.kernel.volume(), a.weight_channels_last};
+  }
+  // The order of the sums must not depend on the threads: nor must this choice.
+  int64_t channels_of_chunk(int max_chunk) const {
+    return kSameType && g.c % Math::kStep == 0 ? turned_channels(max_chunk) : 0;
+  }
+
+  void run_parameter(const DirectArgs& a, int max_chunk) {
+    const Weights weights = weights_of(a);
+    const int64_t channels = channels_of_chunk(max_chunk);
+    if constexpr (kSameType)
+      if (channels && g.pixels() <= kFewPixels) return run_turning(weights, channels, a.kept);
     run_turned(weights);
   }
 };
@@ -758,4 +931,10 @@ void run_parameter(const DirectArgs& args, const Chunk* chunks, int chunk_count,
   auto d = direct_of<V, Math, T>(args.conv, chunks, chunk_count, steps, max_chunk);
   d.scale = args.scale;
   d.run_parameter(args, max_chunk);
+}
+
+// The bytes that `keep` of these arguments takes, and where `out` is not null their turned weights.
+template <class V, class Math, class T>
+int64_t keep_parameter(const DirectArgs& args, int max_chunk, void* out) {
+  return direct_of<V, Math, T>(args.conv, nullptr, 0, 0, max_chunk).keep(args, max_chunk, out);
 }

@@ -67,8 +67,26 @@ struct DirectArgs {
   ConvArgs conv;              // conv.weight is the parameter, [K, C, T, R, S]
   bool weight_channels_last;  // [K, T, R, S, C] in memory
   const float* scale;         // [K], multiplied into the sums, or null
+  const void* kept;           // what keep_weights made for the same geometry, or null: the same sums, sooner
 };
 void conv3d_direct(const DirectArgs& args);
+
+// Weights that were turned once for layers of few pixels, without the planes of taps that only meet padding.
+struct KeptHeader {
+  uint32_t magic;
+  int32_t isa, dot;
+  int32_t panels;
+  int64_t bytes;
+  ConvGeometry geometry;
+  int64_t reserved[32 - 3 - sizeof(ConvGeometry) / 8];
+};
+static_assert(sizeof(KeptHeader) == 256, "the payload behind the header must stay 64-byte aligned");
+constexpr uint32_t kKeptMagic = 0x52334b31;  // "R3K1"
+
+// Bytes of the kept weights, and where `out` is not null the weights; 0 where the kernel has no use for any.
+int64_t keep_weights(const DirectArgs& args, void* out);
+// nullptr when `kept` was made for the arguments, otherwise what is wrong with it.
+const char* check_kept(const void* kept, int64_t bytes, const DirectArgs& args);
 
 void max_pool3d(const PoolArgs& args);
 void avg_pool_linear(const HeadArgs& args);

@@ -6,6 +6,12 @@ struct V {
   static constexpr int kPanelVectors = 4;
   // 32 registers: MR*NV accumulators, NV weights, one activation
   static constexpr int max_rows(int nv) { return nv == 4 ? 6 : nv == 3 ? 8 : 12; }
+  // The direct kernel takes seven rows, because planes of these networks are 7 * 2^n pixels wide; the last
+  // vector of weights then stays in memory.
+  static constexpr int direct_rows(int nv) { return nv == 4 ? 7 : nv == 3 ? 9 : 14; }
+  static constexpr bool last_in_memory(int mr, int nv) { return mr * nv + nv + 1 > 32; }
+  // A tile of so many accumulators leaves room for turning weights; panels have so many vectors then.
+  static constexpr int kTurnTile = 21, kTurnVectors = 3;
 
   static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static inline Reg zero() { return _mm512_setzero_ps(); }
@@ -16,6 +22,10 @@ struct V {
   static inline Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static inline Reg set(float v) { return _mm512_set1_ps(v); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // c + a * *b. In assembly, since a compiler would load *b once and run out of registers.
+  static inline __attribute__((always_inline)) void fma_memory(Reg a, const void* b, Reg& c) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "m"(*static_cast<const __m512_u*>(b)));
+  }
   static inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }

@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <cstring>
 #include <stdexcept>
 
 namespace r3d::cpu {
@@ -46,6 +47,35 @@ void conv3d_direct(const DirectArgs& args) {
   const Kernels& k = kernels(traits.isa);
   (args.conv.dtype == DType::kBFloat16 ? k.direct_bf16 : k.direct_f32)(args, chunks.data(), count, steps,
                                                                        traits.chunk);
+}
+
+int64_t keep_weights(const DirectArgs& args, void* out) {
+  const ConvGeometry& g = args.conv.g;
+  if (g.pixels() == 0 || g.k == 0) return 0;
+  const KernelTraits traits = kernel_traits(active_isa(), args.conv.dtype);
+  int64_t bytes = 0;
+#if R3D_X86
+  if (traits.dot) bytes = keep_dot_avx512_bf16(args, traits.chunk, out);
+#endif
+  if (!traits.dot && args.conv.dtype == DType::kFloat32)
+    bytes = kernels(traits.isa).keep_f32(args, traits.chunk, out);
+  if (bytes && out) {
+    static_cast<KeptHeader*>(out)->isa = static_cast<int32_t>(traits.isa);
+    static_cast<KeptHeader*>(out)->dot = traits.dot;
+  }
+  return bytes;
+}
+
+const char* check_kept(const void* kept, int64_t bytes, const DirectArgs& args) {
+  KeptHeader h;
+  if (bytes < static_cast<int64_t>(sizeof h)) return "too small to hold kept weights";
+  std::memcpy(&h, kept, sizeof h);
+  if (h.magic != kKeptMagic) return "not made by conv3d_keep";
+  if (h.bytes != bytes) return "truncated or extended";
+  if (std::memcmp(&h.geometry, &args.conv.g, sizeof h.geometry) != 0) return "made for another convolution";
+  const KernelTraits traits = kernel_traits(active_isa(), args.conv.dtype);
+  if (h.isa != static_cast<int32_t>(traits.isa)) return "made for another instruction set";
+  return h.dot == static_cast<int32_t>(traits.dot) ? nullptr : "made for another dtype";
 }
 
 void max_pool3d(const PoolArgs& args) { kernels(active_isa()).max_pool3d(args); }

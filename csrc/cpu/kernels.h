@@ -35,7 +35,8 @@ struct Kernels {
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
   void (*direct_f32)(const DirectArgs&, const Chunk*, int, int64_t, int);
   void (*direct_bf16)(const DirectArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
-  void (*winograd)(const WinogradArgs&);                                    // float32 arithmetic
+  int64_t (*keep_f32)(const DirectArgs&, int, void*);
+  void (*winograd)(const WinogradArgs&);  // float32 arithmetic
   void (*stem)(const StemArgs&);
   void (*max_pool3d)(const PoolArgs&);
   void (*avg_pool_linear)(const HeadArgs&);
@@ -48,6 +49,7 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 void conv3d_dot_avx512_bf16(const ConvArgs&, const Chunk*, int, int64_t, int);
 void direct_dot_avx512_bf16(const DirectArgs&, const Chunk*, int, int64_t, int);
+int64_t keep_dot_avx512_bf16(const DirectArgs&, int, void*);
 #endif
 
 const Kernels& kernels(Isa isa);
@@ -64,6 +66,7 @@ void bn_act(const BnActArgs& args);
                            &ISA::run_packed<ISA::V, ISA::MathF32<ISA::V>, uint16_t>,    \
                            &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, float>,    \
                            &ISA::run_parameter<ISA::V, ISA::MathF32<ISA::V>, uint16_t>, \
+                           &ISA::keep_parameter<ISA::V, ISA::MathF32<ISA::V>, float>,   \
                            &ISA::winograd_any,                                          \
                            &ISA::stem_any,                                              \
                            &ISA::max_pool3d_any,                                        \

@@ -25,6 +25,15 @@ struct MathDot {
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), odd));
     return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
   }
+  // Pairs of the low halves, and of the high halves, of two vectors of words.
+  static inline __attribute__((always_inline)) V::Reg low_halves(V::Reg a, V::Reg b) {
+    const __m512i lo = _mm512_castps_si512(a), hi = _mm512_slli_epi32(_mm512_castps_si512(b), 16);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, lo, hi));
+  }
+  static inline __attribute__((always_inline)) V::Reg high_halves(V::Reg a, V::Reg b) {
+    const __m512i lo = _mm512_srli_epi32(_mm512_castps_si512(a), 16), hi = _mm512_castps_si512(b);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, lo, hi));
+  }
   // Taps [t0, t1) of `channels` input channels for 16 output channels that lie `row` elements apart: pairs of
   // channels, `tap_stride` from tap to tap and `width` from pair to pair. False where there are too few, too
   // many or an even number of taps. Words of two neighbouring taps are turned; as the number of taps is odd,
@@ -68,18 +77,24 @@ struct MathDot {
   static inline __attribute__((always_inline)) void run(V::Reg (&acc)[MR][NV], const A* const* rows,
                                                         int64_t offset, const char* weights, int begin,
                                                         int end) {
+    constexpr bool kMemory = V::last_in_memory(HI - LO, NV);
+    constexpr int kHeld = kMemory ? NV - 1 : NV;
     const A* a[MR];
     for (int i = LO; i < HI; ++i) a[i] = rows[i] + offset;
     weights += static_cast<int64_t>(begin) * NV * 64;
 #pragma GCC unroll 2
     for (int e = begin; e < end; ++e) {
       __m512bh w[NV];
-      for (int j = 0; j < NV; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + j * 64));
+      for (int j = 0; j < kHeld; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + j * 64));
       for (int i = LO; i < HI; ++i) {
         int pair;
         __builtin_memcpy(&pair, a[i] + 2 * e, 4);
         const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-        for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], v, w[j]);
+        for (int j = 0; j < kHeld; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], v, w[j]);
+        if constexpr (kMemory)
+          __asm__("vdpbf16ps %2, %1, %0"
+                  : "+v"(acc[i][kHeld])
+                  : "v"(v), "m"(*reinterpret_cast<const __m512_u*>(weights + kHeld * 64)));
       }
       weights += NV * 64;
     }
@@ -109,6 +124,9 @@ void conv3d_dot(const ConvArgs& args, const Chunk* chunks, int count, int64_t st
 void direct_dot(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk) {
   run_parameter<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
 }
+int64_t keep_dot(const DirectArgs& args, int max_chunk, void* out) {
+  return keep_parameter<V, MathDot, uint16_t>(args, max_chunk, out);
+}
 }  // namespace r3d::cpu::avx512_bf16
 R3D_TARGET_POP
 
@@ -120,6 +138,9 @@ void conv3d_dot_avx512_bf16(const ConvArgs& args, const Chunk* chunks, int count
 void direct_dot_avx512_bf16(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps,
                             int max_chunk) {
   avx512_bf16::direct_dot(args, chunks, count, steps, max_chunk);
+}
+int64_t keep_dot_avx512_bf16(const DirectArgs& args, int max_chunk, void* out) {
+  return avx512_bf16::keep_dot(args, max_chunk, out);
 }
 }  // namespace r3d::cpu
 #endif
