@@ -911,7 +911,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   m.def(
       "conv3d_direct(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] padding, int[] dilation, str activation, Tensor? kept=None) -> Tensor");
-  m.def("conv3d_keep(Tensor weight, int[] input, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("conv3d_keep(Tensor weight, int[] in_shape, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "conv3d_stem(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int[] stride, "
       "int[] padding, str activation, int tile, int row_tile=1) -> Tensor");

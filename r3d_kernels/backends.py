@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r3d_kernels import _cpu, _extension, _fold, _fork, tuning
+from r3d_kernels import _cpu, _extension, _fold, _fork, _keeping, tuning
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
 from r3d_kernels._sm90 import Sm90Cuda
 from r3d_kernels.problems import ConvProblem
@@ -241,6 +241,75 @@ class DirectCpu:
         p = request.problem
         work = p.macs_inside / (2 * _vector_lanes() * 0.9)
         return work + p.c * p.k * math.prod(p.kernel) * 4 / _BYTES_A_CYCLE
+
+
+class KeptCpu(DirectCpu):
+    """The direct convolution of few pixels with weights that were turned once and are kept: the same bits, sooner.
+
+    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers keep weights, and all of
+    a process no more than `_keeping.LEAN` bytes, first come, first served.
+    """
+
+    name = "direct kept"
+    keeps = True
+    _MOST_PIXELS = 512
+
+    def can_run(self, request: Request) -> str | None:
+        why_not = super().can_run(request)
+        if why_not is not None:
+            return why_not
+        p = request.problem
+        if not 0 < p.n * math.prod(p.out_size) <= self._MOST_PIXELS:
+            return f"is for 1 to {self._MOST_PIXELS} output pixels, got {p.n * math.prod(p.out_size)}"
+        if math.prod(p.kernel) > 32:
+            return f"is for kernels of at most 32 taps, got {p.kernel}"
+        if memory_mode() == "lean" and request.dtype != torch.float32:
+            return "keeps float32 weights only (R3D_KERNELS_MEMORY=fast allows others)"
+        size = self._bytes(request)
+        if not _keeping.shared.fits(size, self._limit()):
+            return (
+                f"would keep {size >> 20} MiB beside {_keeping.shared.held >> 20} MiB that other layers keep "
+                "(R3D_KERNELS_MEMORY=fast allows it)"
+            )
+        return None
+
+    @staticmethod
+    def _limit() -> int | None:
+        return _keeping.LEAN if memory_mode() == "lean" else None
+
+    @staticmethod
+    def _bytes(request: Request) -> int:
+        p = request.problem
+        live = sum(
+            any(0 <= o * p.stride[0] - p.padding[0] + t * p.dilation[0] < p.d for o in range(p.out_size[0]))
+            for t in range(p.kernel[0])
+        )
+        return live * p.kernel[1] * p.kernel[2] * p.c * p.k * request.dtype.itemsize
+
+    def pack_key(self, request: Request) -> Hashable:
+        p = request.problem
+        geometry = (p.in_shape, p.stride, p.padding, p.dilation)
+        return request.dtype, geometry, request.threads, describe()["isa"], memory_mode()
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        p = request.problem
+        weight, *rest = super().pack(layer, request)
+        reservation = _keeping.shared.reserve(self._bytes(request), self._limit())
+        kept = None
+        if reservation is not None:  # another thread may have been quicker
+            kept = torch.ops.r3d_kernels.conv3d_keep(weight, p.in_shape, p.stride, p.padding, p.dilation)
+        return weight, *rest, kept if kept is not None and kept.numel() else None, reservation
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        *parameters, kept, _ = pack
+        return torch.ops.r3d_kernels.conv3d_direct(
+            x, *parameters, residual, p.stride, p.padding, p.dilation, p.activation or "none", kept
+        )
+
+    def cycles(self, request: Request) -> float:
+        work = request.problem.macs_inside / (2 * _vector_lanes() * 0.9)
+        return work + self._bytes(request) / (2 * _BYTES_A_CYCLE)
 
 
 def _vector_lanes() -> int:
@@ -625,6 +694,7 @@ _STRIDED_TILES = ((2, 2, 2), (4, 2, 2))
 _AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
 KERNELS: list[Kernel] = [
     DirectCpu(),
+    KeptCpu(),
     *map(WinogradCpu, _TILES),
     *(WinogradCpu(tile, stride=2) for tile in _STRIDED_TILES),
     *map(AmxCpu, _AMX_TILES),
@@ -721,6 +791,7 @@ class Choice:
 
 # How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
 _WORTH_A_COPY = 3.0
+_WORTH_KEEPING = 1.05  # copies of which a process has a fixed number of bytes
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
 _MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
@@ -827,7 +898,7 @@ def _price_of_memory(kernel: Kernel, request: Request) -> float:
     if memory_mode() == "fast":
         return 1.0
     p, size = request.problem, request.dtype.itemsize
-    price = 1.0
+    price = _WORTH_KEEPING if getattr(kernel, "keeps", False) else 1.0
     if (
         getattr(kernel, "copies_weights", False)
         and p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY
@@ -887,14 +958,25 @@ def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:
     """What an earlier measurement of the same candidates chose, if that needs no trial."""
     if not tuning.enabled() or len(able) < 2 or request.problem.n == 0 or asked != "auto":
         return None
-    known = tuning.shared.get(*cache_key(request, asked))
-    if known is None or set(known["seconds"]) != {k.name for k in able}:
+    choice = _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
+    return None if choice is None or getattr(choice.kernel, "private", False) else choice
+
+
+def _remembered(
+    known: dict[str, Any] | None, able: list[Kernel], request: Request, note: str = ""
+) -> Choice | None:
+    """The choice from measurements of all that are able, perhaps among others."""
+    names = {k.name for k in able}
+    if known is None or not names <= set(known["seconds"]):
         return None
-    kernel = next((k for k in able if k.name == known["kernel"]), None)
-    if kernel is None or getattr(kernel, "private", False):
+    seconds = {name: known["seconds"][name] for name in known["seconds"] if name in names}
+    if len(seconds) == len(known["seconds"]):
+        kernel = next((k for k in able if k.name == known["kernel"]), None)
+    else:  # one that was measured cannot run now: it would keep more weights than there is room for, say
+        kernel = _winner(able, seconds, request)
+    if kernel is None:
         return None
-    why = _why(kernel.name, known["seconds"])
-    return Choice(kernel, f"measured earlier: {why}", dict(known["seconds"]))
+    return Choice(kernel, f"measured earlier: {_why(kernel.name, seconds)}{note}", seconds)
 
 
 def choose(
@@ -936,12 +1018,9 @@ def choose(
         return Choice(able[0], "preferred; cannot be measured while a CUDA graph is captured" + note)
 
     machine, key = cache_key(request, asked)
-    by_name = {k.name: k for k in able}
     with _measuring:
-        known = tuning.shared.get(machine, key)
-        if known is not None and known["kernel"] in by_name and set(known["seconds"]) == set(by_name):
-            why = _why(known["kernel"], known["seconds"])
-            return Choice(by_name[known["kernel"]], f"measured earlier: {why}{note}", dict(known["seconds"]))
+        if (known := _remembered(tuning.shared.get(machine, key), able, request, note)) is not None:
+            return known
         seconds = _measure(able, _Packs(able, packed), x, residual, request)
         winner = _winner(able, seconds, request)
         tuning.shared.put(machine, key, winner.name, seconds)

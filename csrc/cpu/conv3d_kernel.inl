@@ -117,12 +117,14 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
 #pragma GCC unroll 16
     for (int j = 0; j < NV; ++j) acc[i][j] = V::zero();
   if (tail) {
-    // lines that the stores will want
+    // Lines that the residual and the stores will want; for few products, asking for the latter takes longer
+    // than it saves.
     const int64_t width = tail->valid * (Math::kStep == 2 || tail->bf16 ? 2 : 4);
+    const bool many = rows.runs * rows.steps >= 128;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
       for (int64_t o = 0; o < width; o += 64) {
-        __builtin_prefetch(tail->y + i * tail->row_bytes + o, 1, 3);
+        if (many) __builtin_prefetch(tail->y + i * tail->row_bytes + o, 1, 3);
         if (tail->residual) __builtin_prefetch(tail->residual + i * tail->row_bytes + o, 0, 3);
       }
   }
@@ -871,6 +873,8 @@ struct Direct {
     KeptHeader header{};
     header.bytes = static_cast<int64_t>(sizeof header) + 4 * t.before_panel(g.c, panels, vectors * lanes);
     if (!out) return header.bytes;
+    __builtin_memset(out, 0,
+                     static_cast<std::size_t>(header.bytes));  // the gaps, too: the same bytes every time
     header.magic = kKeptMagic;
     header.panels = static_cast<int32_t>(panels);
     header.geometry = g;

@@ -5,6 +5,7 @@ from r3d_kernels.ops.clip import clip_channels_last
 from r3d_kernels.ops.conv3d import (
     conv3d_bn_act,
     conv3d_direct,
+    conv3d_keep,
     conv3d_pack,
     conv3d_packed,
     conv3d_stem,
@@ -21,6 +22,7 @@ __all__ = [
     "clip_channels_last",
     "conv3d_bn_act",
     "conv3d_direct",
+    "conv3d_keep",
     "conv3d_pack",
     "conv3d_packed",
     "conv3d_stem",

@@ -16,6 +16,7 @@ from r3d_kernels.ops._flops import flop_formula
 __all__ = [
     "conv3d_bn_act",
     "conv3d_direct",
+    "conv3d_keep",
     "conv3d_pack",
     "conv3d_packed",
     "conv3d_stem",
@@ -263,11 +264,12 @@ def conv3d_direct(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str | None = "relu",
+    kept: Tensor | None = None,
 ) -> Tensor:
     """``act(conv3d(x, weight) * scale + bias + residual)`` on the vector unit, from the parameter itself.
 
     The weights are turned for the kernel at every call: at most 8 MiB of them exist a second time, and only while the
-    call lasts.
+    call lasts. With `kept` weights they are not: the same bits, sooner.
 
     Args:
         x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.
@@ -277,6 +279,7 @@ def conv3d_direct(
         residual: [N, K, D', H', W'], dtype of x, or None.
         stride, padding, dilation: an int or three (depth, height, width).
         activation: "relu" or None.
+        kept: what `conv3d_keep` made of the same weight for the same geometry, or None. It follows no change of weight.
 
     Returns:
         [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.
@@ -294,6 +297,40 @@ def conv3d_direct(
         _check.triple(padding, "padding"),
         _check.triple(dilation, "dilation"),
         _check.activation(activation),
+        kept,
+    )
+
+
+def conv3d_keep(
+    weight: Tensor,
+    in_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Weights turned once for `conv3d_direct`, for layers of at most 512 output pixels, whose time they dominate.
+
+    Planes of taps (along depth) that only meet padding are left out: a 3x3x3 kernel on one frame keeps a third.
+
+    Args:
+        weight: [K, C, T, R, S], float32 or bfloat16, CPU, contiguous or channels_last_3d (copied otherwise).
+        in_shape: [N, C, D, H, W] of the input that they are for.
+        stride, padding, dilation: an int or three (depth, height, width).
+
+    Returns:
+        An opaque uint8 tensor [bytes]; empty where the kernel has no use for one (more pixels, odd channels in
+        bfloat16, bfloat16 without AVX-512 BF16, kernels of many taps).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that do not fit together.
+    """
+    return _extension.ops().conv3d_keep(
+        weight,
+        list(in_shape),
+        _check.triple(stride, "stride"),
+        _check.triple(padding, "padding"),
+        _check.triple(dilation, "dilation"),
     )
 
 
@@ -453,6 +490,7 @@ if _extension.error is None:
         padding: Sequence[int],
         dilation: Sequence[int],
         activation: str,
+        kept: Tensor | None = None,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
@@ -491,6 +529,17 @@ if _extension.error is None:
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
     def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         # The size depends on the processor: a fake tensor knows it only as an unbacked integer.
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size, dtype=torch.uint8)
+
+    @torch.library.register_fake("r3d_kernels::conv3d_keep")
+    def _(
+        weight: Tensor,
+        in_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.uint8)
 
