@@ -709,9 +709,9 @@ struct Direct {
     int64_t* planes = reinterpret_cast<int64_t*>(at + taps * count);
     Unit* units = reinterpret_cast<Unit*>(planes + g.kernel.d);
     float* sums = static_cast<float*>(scratch(1, count * width * 4));
-    // What units waste goes to the end.
+    // What units waste goes to the end, one line for each vector.
     const int64_t most_stride = Turning::tap_stride(channels, width),
-                  buffer = kept ? 0 : taps * most_stride + (kBetween ? V::kLanes : 0);
+                  buffer = kept ? 0 : taps * most_stride + (kBetween ? width : 0);
     float* turned = static_cast<float*>(
         scratch(2, (kBetween ? 2 : 1) * buffer * 4 + (g.c + 16) * static_cast<int64_t>(sizeof(A))));
     A* zeros = reinterpret_cast<A*>(turned + (kBetween ? 2 : 1) * buffer);

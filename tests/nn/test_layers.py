@@ -15,7 +15,7 @@ from numerics import assert_keeps_promise, relative_error
 from torch import nn
 
 import r3d_kernels as r3d
-from r3d_kernels import backends
+from r3d_kernels import _keeping, backends
 from r3d_kernels._layer import state_of
 from r3d_kernels.nn import avg_pool_linear, conv_bn_act, max_pool3d
 
@@ -433,6 +433,7 @@ def test_wrong_input() -> None:
 
 def test_explain_says_what_ran(monkeypatch) -> None:
     monkeypatch.setenv("R3D_KERNELS_ISA", "scalar")  # one kernel only, on every machine
+    monkeypatch.setattr(_keeping, "LEAN", 0)
     model = nn.Sequential(make_layer(), nn.Identity())
     assert backends.explain(model) == []
     with torch.inference_mode(), r3d.backend("cpu"):

@@ -41,6 +41,16 @@ GEOMETRIES = [
     "n1c16d4h12w13k80f3p1+relu",  # more pixels than are multiplied with weights turned for them
     "n1c6d4h12w13k80f3p1+res",
     "n0c8d3h4w4k8f3p1",
+    # few pixels, several chunks of channels: weights that are turned while others are multiplied
+    "n1c100d2h7w7k150f3p1+res+relu",
+    "n1c90d1h4w4k96f3p1",
+    "n1c600d1h2w3k70f3x1x1p1x0x0+relu",  # one tap in three
+    "n2c1152d1h2w2k64f3x1x1p1x0x0",
+    "n1c400d1h3w4k80f3x2x1p1x1x0",
+    "n1c700d2h3w2k100f3x1x1p1x0x0",
+    "n1c1000d1h3w3k64f1+res",
+    "n1c520d1h3w3k48f1",
+    "n1c130d3h4w4k49f1x3x2p0x1x1",
 ]
 
 
@@ -111,6 +121,31 @@ def test_weights_larger_than_the_scratch(
 )
 def test_any_geometry(p: ConvProblem, dtype: torch.dtype, layout: str, scaled: bool) -> None:
     check(p, dtype, layout=LAYOUTS[layout], scaled=scaled)
+
+
+@st.composite
+def many_channels(draw) -> ConvProblem:
+    """Few pixels and several chunks of input channels."""
+
+    def axes(least: int, most: int) -> tuple[int, int, int]:
+        return (
+            draw(st.integers(least, most)),
+            draw(st.integers(least, most)),
+            draw(st.integers(least, most)),
+        )
+
+    kernel = axes(1, 3)
+    padding = tuple(draw(st.integers(0, k - 1)) for k in kernel)
+    size = tuple(draw(st.integers(max(1, k - 2 * p), 4)) for k, p in zip(kernel, padding, strict=True))
+    return ConvProblem(
+        1, draw(st.integers(60, 500)), *size, k=draw(st.integers(1, 100)), kernel=kernel, stride=axes(1, 2),
+        padding=padding,
+    ).validate()  # fmt: skip
+
+
+@given(many_channels(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(list(LAYOUTS)))
+def test_any_geometry_of_many_channels(p: ConvProblem, dtype: torch.dtype, layout: str) -> None:
+    check(p, dtype, layout=LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
