@@ -51,6 +51,11 @@ GEOMETRIES = [
     "n1c1000d1h3w3k64f1+res",
     "n1c520d1h3w3k48f1",
     "n1c130d3h4w4k49f1x3x2p0x1x1",
+    # a run that the first pixel of a line sees in part and the last one not at all, and the other way round
+    "n1c275d1h2w3k24f1x1x3p0x0x2",
+    "n1c256d2h16w17k16f1x1x3p0x0x2",
+    "n1c256d2h16w17k16f1x1x4p0x0x3+relu",
+    "n1c300d2h17w19k20f1x2x3s1x1x2p0x1x2",
 ]
 
 
