@@ -358,13 +358,67 @@ def test_weight_gradient_in_parts() -> None:
     p = ConvProblem.parse("n2c5d3h12w12k6f1x3x3p0x1x1")
     t = p.tensors()
     dy = torch.randn(p.out_shape).contiguous(memory_format=torch.channels_last_3d)
-    run = conv3d.weight_grad(p, "ieee", 108)
+    where = configs.machine(t.x.device)
+    run = conv3d.weight_grad(p, configs.weight_grads(p, t.x.dtype, "ieee", where)[0], "ieee")
     assert run.parts > 2
     dw = run(t.x, dy)
     weight = t.weight.double().requires_grad_()
     torch.nn.functional.conv3d(t.x.double(), weight, padding=p.padding).backward(dy.double())
     assert_keeps_promise(dw, weight.grad)
     assert torch.equal(dw, run(t.x, dy))
+
+
+def check_gradient_tile(what: str, p: ConvProblem, config: Config, precision: str) -> None:
+    t = p.tensors(torch.bfloat16 if precision == "half" else torch.float32)
+    dy = torch.randn(p.out_shape).to(t.x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    leaves = [t.x.double().requires_grad_(), t.weight.double().requires_grad_()]
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    torch.nn.functional.conv3d(*leaves, None, *geometry).backward(dy.double())
+    if what == "input":
+        ours, exact = conv3d.input_grad(p, config, precision)(dy, t.weight), leaves[0].grad
+    else:
+        ours, exact = conv3d.weight_grad(p, config, precision)(t.x, dy), leaves[1].grad
+    assert_keeps_promise(ours, exact, magnitude=exact.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
+def test_every_shipped_tile_of_a_gradient(precision: str) -> None:
+    inputs = {
+        "wide": "n1c136d2h5w7k72f1x1x2p0x0x1",
+        "narrow": "n1c24d2h9w9k40f1x1x3s1x1x2p0x0x1",
+        "late": "n1c40d2h5w7k72f1x2x1p0x1x0",
+        "odd": "n1c40d2h5w7k45f1",
+    }
+    weights = {True: "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", False: "n1c72d2h6w7k72f1x1x2p0x0x1"}
+    for what, problems, shipped in (
+        ("input", inputs, configs.shipped_input_grads),
+        ("weight", weights, configs.shipped_weight_grads),
+    ):
+        for name, text in problems.items():
+            for config in shipped(precision, name, 90):
+                check_gradient_tile(what, ConvProblem.parse(text), config, precision)
+
+
+def test_gradients_in_parts() -> None:
+    """Splits that do not divide the steps, groups, tails of every axis."""
+    for text, split in (("n1c20d2h4w5k40f3x1x2p1x0x1", 5), ("n2c12d2h3w5k40f1x3x2p0x1x1l1x1x2g2", 2)):
+        p = ConvProblem.parse(text)
+        check_gradient_tile("input", p, Config.parse(f"tiled 32x16x16 w4 s2 g2 k{split}"), "ieee")
+        check_gradient_tile("weight", p, Config.parse(f"pixels 16x16x32 w4 s2 g8 k{split}"), "ieee")
+    strided = ConvProblem.parse("n1c16d2h5w5k40f3s2p1")
+    with pytest.raises(ValueError, match=r"config: the sum of tiled .* k2 is split"):
+        conv3d.input_grad(strided, Config.parse("tiled 16x16x16 w4 s2 g2 k2"), "ieee")
+
+
+def test_a_late_input_gradient_is_split() -> None:
+    where = configs.Machine(90, 132, configs._SHARED[90])
+    late = configs.input_grads(ConvProblem.parse("n1c512d2h7w7k512f3p1"), torch.bfloat16, "half", where)
+    assert late[0].split == 8
+    assert dataclasses.replace(late[0], split=1) in late
+    strided = configs.input_grads(
+        ConvProblem.parse("n1c256d4h14w14k512f3s2p1"), torch.bfloat16, "half", where
+    )
+    assert {c.split for c in strided} == {1}
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
