@@ -75,8 +75,8 @@ def record(job: dict[str, Any]) -> list[tuple[Any, tuple, dict]]:
     elif what == "weight_grad":
         launch.WeightGrad(p, config.Config.parse(job["config"]), precision)(x, y)
     elif what == "norm":
-        norm._batch_norm_act._init_fn(y, vector, vector, y.clone(), 1e-5, "relu")
-        norm._batch_norm_act_backward._init_fn(y, y.clone(), y, tensor((2, p.k)), vector, True, 1e-5)
+        norm._batch_norm_act._init_fn(y, vector, vector, x, 1e-5, "relu")
+        norm._batch_norm_act_backward._init_fn(y, x, y, tensor((2, p.k)), vector, True, 1e-5)
     elif what == "pool":
         pool._max_pool3d._init_fn(y, [3, 3, 3], [2, 2, 2], [1, 1, 1])
         pool._global_avg_pool3d._init_fn(y)

@@ -66,6 +66,7 @@ INPUT_GRADIENTS = {
     "late": "n1c256d4h14w14k512f1s2",
     "odd": "n1c64d8h28w28k45f3x1x1p1x0x0",
 }
+NORM, POOL = "n4c64d16h56w56k64f1", "n1c64d8h28w28k64f1"  # the most parts that a sum may have
 WEIGHT_GRADIENTS = {False: "n1c128d8h28w28k256f3p1", True: PROBLEMS["packed"]}  # by few channels of x
 
 
@@ -89,7 +90,7 @@ def every_job() -> list[dict]:
             for precision, name in table:
                 jobs += [make(name, config, precision, arch) for config in shipped(precision, name, arch)]
         for precision in ("half", "ieee"):
-            jobs += [job(op, "n1c64d8h28w28k64f1", precision, arch) for op in ("norm", "pool")]
+            jobs += [job("norm", NORM, precision, arch), job("pool", POOL, precision, arch)]
     return jobs
 
 
@@ -110,8 +111,8 @@ def usual_jobs() -> list[dict]:
             weight_gradient(few, configs.shipped_weight_grads("half", few, 90)[0], "half", 90)
             for few in (0, 1)
         ),
-        job("norm", "n1c64d8h28w28k64f1", "half", 90),
-        job("pool", "n1c64d8h28w28k64f1", "half", 90),
+        job("norm", NORM, "half", 90),
+        job("pool", POOL, "half", 90),
     ]
     return jobs
 

@@ -646,6 +646,21 @@ def test_wrong_input(case: str) -> None:
         conv3d.conv3d(**{**valid, **change})
 
 
+@pytest.mark.parametrize(
+    "case", sorted(set(WRONG) - {"dtype", "scale", "dtype of bias", "gradient of scale"})
+)
+def test_wrong_input_is_refused_in_the_words_of_the_other_kernels(case: str) -> None:
+    """All but what only this operation has."""
+    change, error, _ = WRONG[case]
+    valid = {"x": torch.zeros(2, 4, 3, 5, 5), "weight": torch.zeros(6, 4, 3, 3, 3), "padding": 1} | change
+    statistics = (torch.zeros(6), torch.ones(6), None, None, 1e-5)
+    with pytest.raises(error) as ours:
+        conv3d.conv3d(**valid)
+    with pytest.raises(error) as theirs:
+        ops.conv3d_bn_act(valid.pop("x"), valid.pop("weight"), *statistics, **valid)
+    assert str(ours.value) == str(theirs.value)
+
+
 def test_wrong_gradients() -> None:
     weight, dy = torch.zeros(6, 4, 3, 3, 3), torch.zeros(2, 6, 3, 5, 5)
     with pytest.raises(ValueError, match=r"dy: expected the output's shape \[2, 6, 3, 5, 5\], got"):
