@@ -31,7 +31,7 @@ __all__ = [
     "weight_grads",
 ]
 
-_TEXT = re.compile(r"(tiled|packed|boxes|pixels) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
+_TEXT = re.compile(r"(tiled|packed|rows|boxes|pixels) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
 MAX_TAPS = 32  # of an axis: the tiled kernel keeps a bit for each
 PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
 
@@ -40,8 +40,8 @@ PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
 class Config:
     """How one convolution kernel is compiled and launched; prints as `tiled 128x64x64 w4 s3 g8 k1`.
 
-    `kernel` is "tiled", "packed" (taps and channels in one axis), "boxes" (tensor descriptors), or for weight gradients
-    "pixels": their sum runs over output pixels.
+    `kernel` is "tiled", "packed" (taps and channels in one axis), "rows" (a row of taps and its channels in one),
+    "boxes" (tensor descriptors), or for weight gradients "pixels": their sum runs over output pixels.
     """
 
     kernel: str
@@ -77,6 +77,8 @@ class Config:
         c, k = problem.c // problem.groups, problem.k // problem.groups
         if self.kernel == "packed" or (self.kernel == "pixels" and c < PACKED_BELOW):
             c *= math.prod(problem.kernel)
+        if self.kernel == "rows":
+            c = padded_channels(c) * problem.kernel[2]
         c, k = _power_of_two(c), _power_of_two(k)
         columns, rows = (c, k) if self.kernel == "pixels" else (k, c)
         return dataclasses.replace(self, bn=min(self.bn, columns), bk=min(self.bk, rows))
@@ -168,6 +170,8 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 128x128x32 w8 s4 g8 k1",
         "tiled 64x128x64 w4 s3 g8 k1",
         "tiled 128x256x64 w8 s3 g8 k1 @90-",
+        "boxes 128x128x64 w8 s3 g8 k1 @90-",
+        "boxes 128x256x64 w8 s3 g8 k1 @90-",
     ),
     ("half", "late"): (
         "tiled 64x64x64 w4 s4 g8 k1",
@@ -176,10 +180,13 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 32x64x64 w4 s4 g8 k1",
         "boxes 64x128x64 w4 s4 g8 k1 @90-",
     ),
+    # "rows" takes what stems have; "packed" whatever else there is
     ("half", "packed"): (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "rows 128x64x32 w4 s3 g8 k1",
+        "rows 64x64x32 w4 s3 g8 k1",
         "packed 128x64x32 w8 s2 g8 k1",
         "packed 64x64x32 w4 s2 g8 k1",
-        "packed 128x64x64 w8 s2 g8 k1",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
     # What spills on 10.0 with Triton 3.7 or 3.8 is not tried there: 128x128 here, eight warps in ieee below.
@@ -189,21 +196,26 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x128x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-",
     ),
     ("tf32", "narrow"): (
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
+        "boxes 128x64x32 w4 s4 g8 k1 @90-",
     ),
     ("tf32", "pointwise"): (
         "tiled 128x128x32 w8 s3 g8 k1 @-99",
         "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 64x128x32 w4 s3 g8 k1",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-",
     ),
     ("tf32", "late"): (
         "tiled 64x64x32 w4 s4 g8 k1",
         "tiled 32x64x32 w4 s4 g8 k1",
     ),
     ("tf32", "packed"): (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "rows 128x64x32 w4 s3 g8 k1",
         "packed 128x64x32 w8 s2 g8 k1",
         "packed 64x64x32 w4 s2 g8 k1",
     ),
@@ -213,7 +225,11 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
     ("ieee", "pointwise"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
     ("ieee", "late"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 32x32x16 w4 s3 g8 k1"),
-    ("ieee", "packed"): ("packed 64x64x16 w4 s2 g8 k1", "packed 32x64x16 w4 s2 g8 k1"),
+    ("ieee", "packed"): (
+        "rows 64x64x32 w8 s2 g8 k1",
+        "packed 64x64x16 w4 s2 g8 k1",
+        "packed 32x64x16 w4 s2 g8 k1",
+    ),
 }
 
 # Input gradients: the same for the mirrored problem, whose sum runs over y's channels.
@@ -232,7 +248,8 @@ _INPUT_GRAD: dict[tuple[str, str], tuple[str, ...]] = {
     ("half", "late"): (
         "tiled 64x64x64 w4 s4 g8 k1",
         "tiled 64x128x64 w4 s3 g8 k1",
-        "tiled 32x64x64 w4 s4 g8 k1",
+        "tiled 32x64x64 w4 s4 g8 k1 @-89",  # spills on 9.0 with Triton 3.7 and 3.8
+        "tiled 32x64x64 w4 s4 g8 k1 @100-",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
     ("tf32", "wide"): (
@@ -302,8 +319,15 @@ def _for_arch(texts: tuple[str, ...], arch: int) -> tuple[Config, ...]:
     return tuple(configs)
 
 
+def flat(problem: ConvProblem) -> ConvProblem:
+    """A matrix product as one row of pixels, whatever they are to each other; any other problem as it is."""
+    p = problem
+    return dataclasses.replace(p, n=1, d=1, h=1, w=p.n * p.d * p.h * p.w) if is_pointwise(p) and p.n else p
+
+
 def boxes_of(config: Config, problem: ConvProblem) -> tuple[int, int, int] | None:
     """The box (depth, height, width) of `config.bm` outputs that wastes the least, or None where none fits well."""
+    problem = flat(problem)
     best, least = None, 1.25  # a quarter more than the outputs is what faster copies may pay for
     out = problem.out_size
     for d in range(config.bm.bit_length()):
@@ -327,9 +351,28 @@ def why_no_boxes(problem: ConvProblem, dtype: torch.dtype) -> str | None:
     return None
 
 
+def padded_channels(c: int) -> int:
+    """The power of two that makes a pixel whole words, at least two: asynchronous copies are of 4, 8 or 16 bytes."""
+    return max(2, 1 << (c - 1).bit_length())
+
+
+def why_no_rows(problem: ConvProblem) -> str | None:
+    """None, or why rows of taps do not lie side by side in x."""
+    if problem.groups != 1:
+        return "has groups=1 only"
+    if problem.dilation[2] != 1:
+        return "needs dilation 1 along the width"
+    if max(problem.kernel[:2]) > MAX_TAPS:
+        return f"takes at most {MAX_TAPS} taps along depth and height"
+    return None
+
+
 def _usable(config: Config, problem: ConvProblem, dtype: torch.dtype, where: Machine) -> bool:
     if config.shared(dtype.itemsize) > where.shared:
         return False
+    if config.kernel == "rows":
+        row = padded_channels(problem.c) * problem.kernel[2]
+        return why_no_rows(problem) is None and row <= config.bk
     if config.kernel != "boxes":
         return True
     return why_no_boxes(problem, dtype) is None and boxes_of(config, problem) is not None

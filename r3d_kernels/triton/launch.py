@@ -95,6 +95,22 @@ def _wide(*shapes: tuple[int, ...]) -> bool:
     return any(math.prod(s) + 2 * math.prod(s[1:]) >= _INT32 for s in shapes)
 
 
+class _Pad:
+    """Pixels of a few channels with zeros behind each."""
+
+    def __init__(self, c: int, padded: int, pixels: int) -> None:
+        self.size = pixels * padded
+        meta = {"C": c, "PADDED": padded, "BLOCK": 1024, "num_warps": 4}
+        self.launch = Launch(
+            kernels.pad_channels, (triton.cdiv(max(self.size, 1), 1024),), (self.size,), meta
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.empty(self.size, dtype=x.dtype, device=x.device)
+        self.launch(x, y)
+        return y
+
+
 class Forward:
     """y = act(conv(x, weight) * scale + bias + residual) for one geometry, dtype and configuration.
 
@@ -129,6 +145,7 @@ class Forward:
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
         tiles_n = triton.cdiv(k, config.bn)
         self.parts = 1
+        self.pads: list[_Pad] = []  # of x and the weight
         self.box: tuple[int, int, int] | None = None
         self._checked: tuple[dict[str, Any], ...] | None = None  # descriptors, less their tensors
         t, r, s = p.kernel
@@ -137,6 +154,22 @@ class Forward:
             sizes: tuple[int, ...] = (m, k, p.c, p.k, *geometry, taps * c, k * taps * c)
             self.meta = dict(meta, **common, BM=config.bm, C=c, T=t, R=r, S=s)
             kernel = kernels.conv3d_packed
+        elif config.kernel == "rows":
+            if (why_not := configs.why_no_rows(p)) is not None:
+                raise ValueError(f"config: {config} {why_not}")
+            padded = configs.padded_channels(c)
+            if config.bk < s * padded:
+                raise ValueError(
+                    f"config: {config} takes rows of at most {config.bk} values, got {s * padded}"
+                )
+            grid = (triton.cdiv(m, config.bm) * tiles_n,)
+            sizes = (m, k, p.k, *geometry)
+            self.meta = dict(
+                meta, **common | {"WIDE": _wide((*p.in_shape, padded))}, BM=config.bm, C=padded, T=t, R=r, S=s
+            )
+            kernel = kernels.conv3d_rows
+            if padded != c:
+                self.pads = [_Pad(c, padded, pixels) for pixels in (p.n * p.d * p.h * p.w, k * taps)]
         elif config.kernel == "tiled":
             if max(p.kernel) > configs.MAX_TAPS:
                 raise ValueError(
@@ -173,9 +206,10 @@ class Forward:
                     f"config: no box of {config.bm} outputs fits {p.out_size} without too much waste"
                 )
             bd, bh, bw = self.box
-            boxes = [triton.cdiv(o, b) for o, b in zip(p.out_size, self.box, strict=True)]
-            grid = (p.n * math.prod(boxes) * tiles_n,)
-            sizes = (p.n, c, k, p.k, *p.out_size, *p.padding, *p.dilation)
+            self._flat = f = configs.flat(p)
+            boxes = [triton.cdiv(o, b) for o, b in zip(f.out_size, self.box, strict=True)]
+            grid = (f.n * math.prod(boxes) * tiles_n,)
+            sizes = (f.n, c, k, p.k, *f.out_size, *p.padding, *p.dilation)
             self.meta = dict(meta, **common, T=t, R=r, S=s, BD=bd, BH=bh, BW=bw)
             kernel = kernels.conv3d_boxes
         self.launch = Launch(kernel, grid, sizes, self.meta)
@@ -201,7 +235,11 @@ class Forward:
         with on_device(x):
             if self.box is not None:
                 self.launch(*tail, descriptors=self._descriptors(x, weight))
-            elif self.config.kernel == "packed":
+            elif self.config.kernel in ("packed", "rows"):
+                for pad in self.pads[:1]:
+                    x = pad(x)
+                for pad in self.pads[1:]:
+                    weight = pad(weight)
                 self.launch(x, weight, *tail)
             elif self.parts == 1:
                 self.launch(x, weight, *tail, y)
@@ -227,7 +265,7 @@ class Forward:
         return descriptors
 
     def _new_descriptors(self, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
-        p, c, bk = self.problem, self.config, self.config.bk
+        p, c, bk = self._flat, self.config, self.config.bk
         assert self.box is not None
         taps = math.prod(p.kernel)
         rows, planes = p.w * p.c, p.h * p.w * p.c

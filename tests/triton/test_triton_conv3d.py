@@ -108,9 +108,12 @@ TILES = [
     ("n2c40d2h5w5k20f1+relu", "tiled 16x16x16 w4 s3 g2 k2"),
     ("n1c20d3h5w7k24f3p1+res+relu", "packed 32x16x32 w4 s2 g2 k1"),
     ("n1c6d3h5w7k20f2x3x2s2p1l1x2x1g2+res", "packed 16x16x16 w4 s2 g3 k1"),
+    ("n1c3d4h9w11k20f3x5x7s1x2x2p1x2x3+res+relu", "rows 32x32x32 w4 s3 g2 k1"),  # channels padded to 4
+    ("n2c1d3h7w6k20f3x2x3s2x1x3p2x0x1l1x2x1+relu", "rows 16x16x16 w4 s3 g8 k1"),
     ("n2c24d2h9w8k20f3p1+res+relu", "boxes 32x32x32 w4 s3 g4 k1"),
     ("n1c16d5h8w16k20f3x2x3p1x0x2l1x2x2+relu", "boxes 64x32x16 w4 s3 g2 k1"),
     ("n3c8d2h8w8k16f1+res", "boxes 64x16x16 w4 s3 g2 k1"),
+    ("n2c24d1h8w7k20f1+res+relu", "boxes 64x32x16 w4 s3 g8 k1"),  # one row of all pixels
 ]
 
 
@@ -156,7 +159,7 @@ def test_epilogue_parts(dtype: torch.dtype, scale: bool, bias: bool) -> None:
 
 
 def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
-    for text, config in TILES[3::3]:
+    for text, config in (TILES[3], *TILES[6:10:3], TILES[-1]):
         p = ConvProblem.parse(text)
         conv3d.forward.cache_clear()
         narrow = check(p, torch.float32, config)
@@ -166,6 +169,24 @@ def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
             wide = check(p, torch.float32, config)
         conv3d.forward.cache_clear()
         assert torch.equal(narrow, wide)
+
+
+def test_rows_that_are_none() -> None:
+    for text, why in {
+        "n1c4d2h4w4k16f3p1g2": "groups=1",
+        "n1c4d2h4w4k16f3p2l2": "dilation 1 along the width",
+        "n1c4d40h4w4k16f35x1x1": "at most 32 taps",
+        "n1c8d2h4w9k16f1x1x9p0x0x4": "at most 32 values, got 72",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            conv3d.forward(
+                ConvProblem.parse(text), Config.parse("rows 16x16x32 w4 s2 g8 k1"), "half", True, True
+            )
+    where = configs.machine(torch.device("cpu"))
+    stem = ConvProblem.parse("n1c3d4h12w12k45f3x7x7s1x2x2p1x3x3+relu")
+    assert configs.default(stem, torch.bfloat16, "half", where).kernel == "rows"
+    dilated = dataclasses.replace(stem, dilation=(1, 1, 2))
+    assert configs.default(dilated, torch.bfloat16, "half", where).kernel == "packed"
 
 
 @pytest.mark.parametrize("config", ["tiled 16x16x16 w4 s3 g8 k1", "packed 16x16x16 w4 s2 g8 k1"])

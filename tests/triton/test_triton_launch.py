@@ -69,6 +69,7 @@ CALLS = {
     "tiled": (1, lambda: forward("n1c32d2h4w4k32f3p1+res+relu", "tiled 16x16x16 w4 s2 g8 k1")),
     "parts": (2, lambda: forward("n1c32d2h4w4k32f3p1+relu", "tiled 16x16x16 w4 s2 g8 k4")),
     "packed": (1, lambda: forward("n1c3d2h4w4k32f3p1+relu", "packed 16x16x16 w4 s2 g8 k1")),
+    "rows": (3, lambda: forward("n1c3d2h4w4k32f3p1+relu", "rows 16x16x16 w4 s2 g8 k1")),  # two of them pad
     "boxes": (1, lambda: forward("n1c32d2h4w8k32f3p1+res", "boxes 32x32x32 w4 s2 g8 k1")),
     "functional": (1, lambda: lambda: conv3d.conv3d(X, WEIGHT, stride=2, padding=1)),
     "input gradient": (
