@@ -30,6 +30,7 @@ from typing import Any
 
 import gpu_sm80
 import gpu_sm90
+import gpu_triton
 import measure
 import torch
 import torch.nn.functional as F
@@ -605,7 +606,7 @@ def _apart(y: Tensor, expected: Tensor) -> float:
 
 
 def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS) -> dict[str, Any]:
-    """Every configuration that a layer may try, and the gradients, against float64."""
+    """Every configuration that a layer or one of its gradients may try, against float64."""
     require_triton()
     from r3d_kernels.problems import ConvProblem
     from r3d_kernels.triton import config as configs
@@ -638,11 +639,14 @@ def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS
             for config in configs.candidates(p, dtype, precision, configs.machine(t.x.device)):
                 run = conv3d.forward(p, config, precision, True, True)
                 note(text, dtype, str(config), run(t.x, t.weight, scale, bias, t.residual), y, precision)
-            kwargs = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
-            ours = conv3d.conv3d_input_grad(dy, t.weight, p.in_shape, **kwargs)
-            note(text, dtype, "input gradient", ours, dx, precision)
-            ours = conv3d.conv3d_weight_grad(t.x, dy, p.weight_shape, **kwargs)
-            note(text, dtype, "weight gradient", ours, dw, precision)
+            dy = dy.contiguous(memory_format=torch.channels_last_3d)
+            where = configs.machine(t.x.device)
+            for config in configs.input_grads(p, dtype, precision, where):
+                ours = conv3d.input_grad(p, config, precision)(dy, t.weight)
+                note(text, dtype, f"input gradient {config}", ours, dx, precision)
+            for config in configs.weight_grads(p, dtype, precision, where):
+                ours = conv3d.weight_grad(p, config, precision)(t.x, dy)
+                note(text, dtype, f"weight gradient {config}", ours, dw, precision)
     if bad:
         raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
     return {"cases": len(rows), "largest_error": _largest(rows)}
@@ -1066,6 +1070,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
             lambda: triton_layers(network_layers("r3d_18", 8), "bf16", left),
             needs=30,
         ),
+        *gpu_triton.sections(sys.modules[__name__]),
     ]
     for name in ("hara_r3d_50", "hara_r3d_18"):
         sections += [network(name, dtype, batch, eager, 10) for batch, dtype in sizes]

@@ -26,7 +26,7 @@ LAYERS = {
     "3x3x3": ("n1c64d4h14w14k64f3p1+res+relu", "tiled 64x64x64 w4 s3 g8 k1"),
     "3x3x3, a sum in 4 parts": ("n1c64d2h7w7k64f3p1+res+relu", "tiled 64x64x64 w4 s3 g8 k4"),
     "3x3x3, descriptors": ("n1c64d4h16w16k64f3p1+res+relu", "boxes 64x64x64 w4 s3 g8 k1"),
-    "stem": ("n1c3d4h16w16k64f3x7x7s1x2x2p1x3x3+relu", "packed 64x64x32 w4 s2 g8 k1"),
+    "stem": ("n1c3d4h16w16k64f3x7x7s1x2x2p1x3x3+relu", "rows 64x64x32 w4 s3 g8 k1"),
 }
 
 

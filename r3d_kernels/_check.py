@@ -79,3 +79,56 @@ def output_shape(
     return _output_shape(
         tuple(x), tuple(weight), stride, padding, dilation, groups, tuple(residual or ()), activation
     )
+
+
+def volume(x: object) -> Tensor:
+    """A tensor of five dimensions."""
+    t = tensor(x, "x")
+    if t.dim() != 5:
+        raise ValueError(f"x: expected 5 dimensions [N, C, D, H, W], got shape {list(t.shape)}")
+    return t
+
+
+def pool_window(
+    x: object,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+) -> tuple[Triple, Triple, Triple]:
+    """Kernel, stride (kernel_size where it is None) and padding of a pool over x [N, C, D, H, W] that fits."""
+    t = volume(x)
+    kernel = triple(kernel_size, "kernel_size")
+    steps = kernel if stride is None else triple(stride, "stride")
+    pads = triple(padding, "padding")
+    for name, values, least in (("kernel_size", kernel, 1), ("stride", steps, 1), ("padding", pads, 0)):
+        if min(values) < least:
+            raise ValueError(f"{name}: expected integers >= {least}, got {list(values)}")
+    if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
+        raise ValueError(f"padding: expected at most half of kernel_size {list(kernel)}, got {list(pads)}")
+    if any(i + 2 * p < k for i, p, k in zip(t.shape[2:], pads, kernel, strict=True)):
+        raise ValueError(
+            f"kernel_size: the window {list(kernel)} does not fit into input {list(t.shape[2:])} "
+            f"with padding {list(pads)}"
+        )
+    return kernel, steps, pads
+
+
+def only_batch_empty(x: object) -> Tensor:
+    """[N, C, D, H, W] of which something is left to average."""
+    t = tensor(x, "x")
+    if t.dim() != 5 or min(t.shape[1:]) < 1:
+        raise ValueError(f"x: expected [N, C, D, H, W], empty in N only, got shape {list(t.shape)}")
+    return t
+
+
+def head(x: object, weight: object, bias: object) -> None:
+    """x [N, C, D, H, W], weight [classes, C] and bias [classes] or None, of one dtype in one place."""
+    tensor(x, "x")
+    w = tensor(weight, "weight")
+    t = only_batch_empty(x)
+    if w.dim() != 2 or w.shape[1] != t.shape[1]:
+        raise ValueError(f"weight: expected shape [classes, {t.shape[1]}], got {list(w.shape)}")
+    same_dtype(w, "weight", t.dtype)
+    same_device(w, "weight", t.device)
+    if bias is not None:
+        same_dtype(vector(bias, "bias", w.shape[0], t.device), "bias", t.dtype)

@@ -13,14 +13,14 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from r3d_kernels import _cpu, _fork, _version
 
-__all__ = ["TuningCache", "cache_path", "check_writable", "enabled", "machine_key"]
+__all__ = ["TuningCache", "cache_path", "check_writable", "enabled", "gpu_seconds", "machine_key"]
 
 _FORMAT = 1
 
@@ -57,6 +57,20 @@ def machine_key(device: torch.device, isa: str) -> str:
     else:
         parts += [_cpu.cpu_model(), isa, f"{torch.get_num_threads()} threads"]
     return " | ".join(parts)
+
+
+def gpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
+    """The median time of a call on the current GPU, from events; a warm-up call comes first."""
+    run()
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
+    ]
+    for begin, end in pairs:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(b.elapsed_time(e) for b, e in pairs)[rounds // 2] / 1e3
 
 
 class TuningCache:

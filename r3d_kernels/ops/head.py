@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r3d_kernels import _check, _extension, reference
+from r3d_kernels import _check, _extension, _pools, reference
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 
 __all__ = ["avg_pool_linear"]
@@ -20,25 +20,16 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias: [classes], dtype of x, or None.
 
     Returns:
-        [N, classes] of x's dtype. bfloat16 and float16 are averaged and multiplied in float32 and rounded once.
+        [N, classes] of x's dtype. Our kernels average and multiply bfloat16 and float16 in float32 and round once; on
+        a GPU the fastest is measured once, ours in CUDA and in Triton and torch's own.
 
     Raises:
         TypeError, ValueError: for wrong arguments, by name.
     """
-    _check.tensor(x, "x")
-    _check.tensor(weight, "weight")
-    if x.dim() != 5 or min(x.shape[1:]) < 1:
-        raise ValueError(f"x: expected [N, C, D, H, W], empty in N only, got shape {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight: expected shape [classes, {x.shape[1]}], got {list(weight.shape)}")
-    _check.same_dtype(weight, "weight", x.dtype)
-    _check.same_device(weight, "weight", x.device)
-    if bias is not None:
-        _check.vector(bias, "bias", weight.shape[0], x.device)
-        _check.same_dtype(bias, "bias", x.dtype)
-    if not is_plain(x, weight, bias) or not _extension.takes(x) or needs_gradient(x, weight, bias):
+    _check.head(x, weight, bias)
+    if not is_plain(x, weight, bias) or needs_gradient(x, weight, bias):
         return reference.avg_pool_linear(x, weight, bias)
-    return torch.ops.r3d_kernels.avg_pool_linear(x, weight, bias)
+    return _pools.avg_pool_linear(x, weight, bias)
 
 
 if _extension.error is None:

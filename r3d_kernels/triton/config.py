@@ -21,26 +21,33 @@ __all__ = [
     "Machine",
     "candidates",
     "default",
-    "input_grad",
+    "input_grads",
     "machine",
     "precision_of",
     "shape_class",
     "shipped",
+    "shipped_input_grads",
+    "shipped_weight_grads",
+    "weight_grads",
 ]
 
-_TEXT = re.compile(r"(tiled|packed|boxes) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
+_TEXT = re.compile(r"(tiled|packed|rows|boxes|pixels) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
 MAX_TAPS = 32  # of an axis: the tiled kernel keeps a bit for each
-_PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
+PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one convolution kernel is compiled and launched; prints as `tiled 128x64x64 w4 s3 g8 k1`."""
+    """How one convolution kernel is compiled and launched; prints as `tiled 128x64x64 w4 s3 g8 k1`.
 
-    kernel: str  # "tiled", "packed" (taps and channels in one axis) or "boxes" (tensor descriptors)
-    bm: int  # output pixels of a tile
-    bn: int  # output channels of a tile
-    bk: int  # channels of a step of the sum
+    `kernel` is "tiled", "packed" (taps and channels in one axis), "rows" (a row of taps and its channels in one),
+    "boxes" (tensor descriptors), or for weight gradients "pixels": their sum runs over output pixels.
+    """
+
+    kernel: str
+    bm: int  # output pixels of a tile; "pixels": of a step of the sum
+    bn: int  # output channels of a tile; "pixels": columns, channels of x
+    bk: int  # channels of a step of the sum; "pixels": rows, channels of y
     warps: int
     stages: int  # of the software pipeline
     group: int = 8  # rows of tiles that share their operands in L2
@@ -60,14 +67,21 @@ class Config:
 
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that the pipeline needs."""
-        return self.stages * (self.bm + self.bn) * self.bk * itemsize
+        summed, rows, columns = (
+            (self.bm, self.bk, self.bn) if self.kernel == "pixels" else (self.bk, self.bm, self.bn)
+        )
+        return self.stages * (rows + columns) * summed * itemsize
 
     def fitted(self, problem: ConvProblem) -> Config:
         """Without the parts of a tile that would lie beyond the problem; 16 is the least of a tensor core."""
         c, k = problem.c // problem.groups, problem.k // problem.groups
-        if self.kernel == "packed":
+        if self.kernel == "packed" or (self.kernel == "pixels" and c < PACKED_BELOW):
             c *= math.prod(problem.kernel)
-        return dataclasses.replace(self, bn=min(self.bn, _power_of_two(k)), bk=min(self.bk, _power_of_two(c)))
+        if self.kernel == "rows":
+            c = padded_channels(c) * problem.kernel[2]
+        c, k = _power_of_two(c), _power_of_two(k)
+        columns, rows = (c, k) if self.kernel == "pixels" else (k, c)
+        return dataclasses.replace(self, bn=min(self.bn, columns), bk=min(self.bk, rows))
 
 
 def _power_of_two(size: int) -> int:
@@ -114,9 +128,7 @@ def shape_class(problem: ConvProblem) -> str:
     """Convolutions that want the same tiles: "packed", "odd", "late", "narrow", "pointwise" or "wide"."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
     pointwise = is_pointwise(problem)
-    if (c < _PACKED_BELOW and not pointwise and problem.kernel != (1, 1, 1)) or max(
-        problem.kernel
-    ) > MAX_TAPS:
+    if (c < PACKED_BELOW and not pointwise and problem.kernel != (1, 1, 1)) or max(problem.kernel) > MAX_TAPS:
         return "packed"
     if c % 16:  # nothing is aligned: every element is loaded by itself, with an address of its own
         return "odd"
@@ -158,6 +170,8 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 128x128x32 w8 s4 g8 k1",
         "tiled 64x128x64 w4 s3 g8 k1",
         "tiled 128x256x64 w8 s3 g8 k1 @90-",
+        "boxes 128x128x64 w8 s3 g8 k1 @90-",
+        "boxes 128x256x64 w8 s3 g8 k1 @90-",
     ),
     ("half", "late"): (
         "tiled 64x64x64 w4 s4 g8 k1",
@@ -166,10 +180,13 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 32x64x64 w4 s4 g8 k1",
         "boxes 64x128x64 w4 s4 g8 k1 @90-",
     ),
+    # "rows" takes what stems have; "packed" whatever else there is
     ("half", "packed"): (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "rows 128x64x32 w4 s3 g8 k1",
+        "rows 64x64x32 w4 s3 g8 k1",
         "packed 128x64x32 w8 s2 g8 k1",
         "packed 64x64x32 w4 s2 g8 k1",
-        "packed 128x64x64 w8 s2 g8 k1",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
     # What spills on 10.0 with Triton 3.7 or 3.8 is not tried there: 128x128 here, eight warps in ieee below.
@@ -179,21 +196,26 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x128x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-",
     ),
     ("tf32", "narrow"): (
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
+        "boxes 128x64x32 w4 s4 g8 k1 @90-",
     ),
     ("tf32", "pointwise"): (
         "tiled 128x128x32 w8 s3 g8 k1 @-99",
         "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 64x128x32 w4 s3 g8 k1",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-",
     ),
     ("tf32", "late"): (
         "tiled 64x64x32 w4 s4 g8 k1",
         "tiled 32x64x32 w4 s4 g8 k1",
     ),
     ("tf32", "packed"): (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "rows 128x64x32 w4 s3 g8 k1",
         "packed 128x64x32 w8 s2 g8 k1",
         "packed 64x64x32 w4 s2 g8 k1",
     ),
@@ -203,26 +225,93 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
     ("ieee", "pointwise"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1"),
     ("ieee", "late"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 32x32x16 w4 s3 g8 k1"),
-    ("ieee", "packed"): ("packed 64x64x16 w4 s2 g8 k1", "packed 32x64x16 w4 s2 g8 k1"),
+    ("ieee", "packed"): (
+        "rows 64x64x32 w8 s2 g8 k1",
+        "packed 64x64x16 w4 s2 g8 k1",
+        "packed 32x64x16 w4 s2 g8 k1",
+    ),
 }
 
-# Weight gradients: (precision, few channels of x) -> output pixels of a step, columns (channels of x), rows (channels
-# of y), warps, stages.
-WEIGHT_GRAD: dict[tuple[str, bool], tuple[int, int, int, int, int]] = {
-    ("half", False): (64, 64, 64, 4, 3),
-    ("half", True): (32, 64, 64, 4, 3),  # 64 pixels spill with Triton 3.6
-    ("tf32", False): (32, 64, 64, 4, 3),
-    ("tf32", True): (32, 32, 64, 4, 3),
-    ("ieee", False): (16, 32, 32, 4, 2),
-    ("ieee", True): (16, 32, 32, 4, 2),
+# Input gradients: the same for the mirrored problem, whose sum runs over y's channels.
+_INPUT_GRAD: dict[tuple[str, str], tuple[str, ...]] = {
+    ("half", "wide"): (
+        "tiled 128x128x64 w8 s3 g8 k1",
+        "tiled 128x128x32 w8 s4 g8 k1",
+        "tiled 64x128x64 w4 s3 g8 k1 @90-",  # spills on 8.0
+        "tiled 128x256x64 w8 s3 g8 k1 @90-",
+    ),
+    ("half", "narrow"): (
+        "tiled 128x64x64 w4 s3 g8 k1",
+        "tiled 128x64x32 w4 s4 g8 k1",
+        "tiled 64x64x64 w4 s4 g8 k1",
+    ),
+    ("half", "late"): (
+        "tiled 64x64x64 w4 s4 g8 k1",
+        "tiled 64x128x64 w4 s3 g8 k1",
+        "tiled 32x64x64 w4 s4 g8 k1 @-89",  # spills on 9.0 with Triton 3.7 and 3.8
+        "tiled 32x64x64 w4 s4 g8 k1 @100-",
+    ),
+    ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
+    ("tf32", "wide"): (
+        "tiled 128x128x32 w8 s3 g8 k1 @-99",
+        "tiled 128x128x32 w8 s3 g8 k1 @120-",
+        "tiled 128x64x32 w4 s3 g8 k1",
+        "tiled 64x64x32 w4 s4 g8 k1",
+    ),
+    ("tf32", "narrow"): ("tiled 128x64x32 w4 s3 g8 k1", "tiled 64x64x32 w4 s4 g8 k1 @-99"),  # spills on 10.0
+    ("tf32", "late"): ("tiled 64x64x32 w4 s4 g8 k1", "tiled 32x64x32 w4 s4 g8 k1"),
+    ("tf32", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 64x64x16 w4 s2 g8 k1"),
+    # with four warps it spills on 10.0
+    ("ieee", "wide"): ("tiled 64x64x16 w8 s3 g8 k1", "tiled 64x64x16 w4 s3 g8 k1 @-99"),
+    ("ieee", "narrow"): ("tiled 64x64x16 w8 s3 g8 k1", "tiled 64x64x16 w4 s3 g8 k1 @-99"),
+    ("ieee", "late"): ("tiled 64x64x16 w8 s3 g8 k1", "tiled 32x32x16 w4 s3 g8 k1"),
+    ("ieee", "odd"): ("tiled 64x64x16 w8 s3 g8 k1",),
+}
+
+# Weight gradients: (precision, few channels of x).
+_WEIGHT_GRAD: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("half", False): (
+        "pixels 64x64x64 w4 s3 g8 k1",
+        "pixels 64x128x128 w8 s3 g8 k1",
+        "pixels 64x128x64 w4 s3 g8 k1",
+        "pixels 32x64x128 w4 s4 g8 k1",
+    ),
+    ("half", True): (
+        "pixels 32x64x64 w4 s3 g8 k1",  # 64 pixels spill with Triton 3.6
+        "pixels 32x32x64 w4 s3 g8 k1",
+    ),
+    ("tf32", False): (
+        "pixels 32x64x64 w4 s3 g8 k1",
+        "pixels 32x128x64 w8 s3 g8 k1",
+        "pixels 32x32x64 w4 s4 g8 k1",
+    ),
+    ("tf32", True): ("pixels 32x32x64 w4 s3 g8 k1", "pixels 16x32x64 w4 s3 g8 k1"),
+    ("ieee", False): ("pixels 16x32x32 w4 s2 g8 k1", "pixels 16x32x64 w8 s2 g8 k1"),
+    ("ieee", True): ("pixels 16x32x32 w4 s2 g8 k1", "pixels 16x16x32 w4 s2 g8 k1"),
 }
 
 
 @cache
 def shipped(precision: str, name: str, arch: int) -> tuple[Config, ...]:
     """The table's configurations for a compute capability, the default first."""
+    return _for_arch(_TABLE[precision, name], arch)
+
+
+@cache
+def shipped_input_grads(precision: str, name: str, arch: int) -> tuple[Config, ...]:
+    """The same for input gradients: "wide", "narrow", "late" or "odd"."""
+    return _for_arch(_INPUT_GRAD[precision, name], arch)
+
+
+@cache
+def shipped_weight_grads(precision: str, few: bool, arch: int) -> tuple[Config, ...]:
+    """The same for weight gradients, of few channels of x or of many."""
+    return _for_arch(_WEIGHT_GRAD[precision, few], arch)
+
+
+def _for_arch(texts: tuple[str, ...], arch: int) -> tuple[Config, ...]:
     configs = []
-    for text in _TABLE[precision, name]:
+    for text in texts:
         text, _, span = text.partition(" @")
         least, _, most = span.partition("-")
         if int(least or 0) <= arch <= int(most or 999):
@@ -230,8 +319,15 @@ def shipped(precision: str, name: str, arch: int) -> tuple[Config, ...]:
     return tuple(configs)
 
 
+def flat(problem: ConvProblem) -> ConvProblem:
+    """A matrix product as one row of pixels, whatever they are to each other; any other problem as it is."""
+    p = problem
+    return dataclasses.replace(p, n=1, d=1, h=1, w=p.n * p.d * p.h * p.w) if is_pointwise(p) and p.n else p
+
+
 def boxes_of(config: Config, problem: ConvProblem) -> tuple[int, int, int] | None:
     """The box (depth, height, width) of `config.bm` outputs that wastes the least, or None where none fits well."""
+    problem = flat(problem)
     best, least = None, 1.25  # a quarter more than the outputs is what faster copies may pay for
     out = problem.out_size
     for d in range(config.bm.bit_length()):
@@ -255,9 +351,28 @@ def why_no_boxes(problem: ConvProblem, dtype: torch.dtype) -> str | None:
     return None
 
 
+def padded_channels(c: int) -> int:
+    """The power of two that makes a pixel whole words, at least two: asynchronous copies are of 4, 8 or 16 bytes."""
+    return max(2, 1 << (c - 1).bit_length())
+
+
+def why_no_rows(problem: ConvProblem) -> str | None:
+    """None, or why rows of taps do not lie side by side in x."""
+    if problem.groups != 1:
+        return "has groups=1 only"
+    if problem.dilation[2] != 1:
+        return "needs dilation 1 along the width"
+    if max(problem.kernel[:2]) > MAX_TAPS:
+        return f"takes at most {MAX_TAPS} taps along depth and height"
+    return None
+
+
 def _usable(config: Config, problem: ConvProblem, dtype: torch.dtype, where: Machine) -> bool:
     if config.shared(dtype.itemsize) > where.shared:
         return False
+    if config.kernel == "rows":
+        row = padded_channels(problem.c) * problem.kernel[2]
+        return why_no_rows(problem) is None and row <= config.bk
     if config.kernel != "boxes":
         return True
     return why_no_boxes(problem, dtype) is None and boxes_of(config, problem) is not None
@@ -267,9 +382,16 @@ def _split(config: Config, problem: ConvProblem, where: Machine) -> Config:
     """Shares the sum of each tile among programs where there are too few tiles for the multiprocessors."""
     if config.kernel != "tiled":
         return config
-    m = problem.n * math.prod(problem.out_size)
-    tiles = -(-m // config.bm) * -(-(problem.k // problem.groups) // config.bn) * problem.groups
-    steps = math.prod(problem.kernel) * -(-(problem.c // problem.groups) // config.bk)
+    p = problem
+    pixels, taps = p.n * math.prod(p.out_size), math.prod(p.kernel)
+    return _split_over(config, pixels, p.k // p.groups, p.c // p.groups, p.groups, taps, where)
+
+
+def _split_over(
+    config: Config, pixels: int, columns: int, summed: int, groups: int, taps: int, where: Machine
+) -> Config:
+    tiles = -(-pixels // config.bm) * -(-columns // config.bn) * groups
+    steps = taps * -(-summed // config.bk)
     split = 1
     # A part has at least 8 steps, or filling and draining the pipeline would be most of it.
     while split < 16 and 2 * split * tiles <= where.multiprocessors and steps >= 16 * split:
@@ -277,14 +399,19 @@ def _split(config: Config, problem: ConvProblem, where: Machine) -> Config:
     return dataclasses.replace(config, split=split)
 
 
+def _within(config: Config, itemsize: int, where: Machine) -> Config:
+    """With fewer stages where they would not fit into shared memory."""
+    while config.shared(itemsize) > where.shared and config.stages > 2:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
+
+
 def candidates(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> list[Config]:
     """What a layer tries, the default first; each with the split that fills the machine, and late ones without too."""
     name = shape_class(problem)
     found: list[Config] = []
     for config in shipped(precision, name, where.arch):
-        config = config.fitted(problem)
-        while config.shared(dtype.itemsize) > where.shared and config.stages > 2:
-            config = dataclasses.replace(config, stages=config.stages - 1)
+        config = _within(config.fitted(problem), dtype.itemsize, where)
         if _usable(config, problem, dtype, where):
             shared = _split(config, problem, where)
             found += [shared] if shared == config else [shared, config]
@@ -296,14 +423,52 @@ def default(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Mac
     return candidates(problem, dtype, precision, where)[0]
 
 
-def input_grad(problem: ConvProblem, precision: str, where: Machine) -> Config:
-    """What an input gradient runs with: the tile of the mirrored problem, whose sum runs over y's channels."""
-    if precision == "ieee":
-        return Config.parse("tiled 64x64x16 w8 s3 g8 k1")  # with four warps it spills on 10.0
+def input_grad_class(problem: ConvProblem) -> str:
+    """Input gradients that want the same tiles."""
     if problem.k // problem.groups % 16:
-        name = "odd"
-    elif problem.n * problem.d * problem.h * problem.w <= 4096:
-        name = "late"
-    else:
-        name = "narrow" if problem.c // problem.groups <= 64 else "wide"
-    return shipped(precision, name, where.arch)[0]
+        return "odd"
+    if problem.n * problem.d * problem.h * problem.w <= 4096:
+        return "late"
+    return "narrow" if problem.c // problem.groups <= 64 else "wide"
+
+
+def input_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> list[Config]:
+    """What an input gradient tries, the default first.
+
+    Its sum is split as a layer's is, but for strides: their gradients lie apart, and are a launch for each remainder.
+    """
+    p, found = problem, []
+    pixels = -(-p.n * p.d * p.h * p.w // math.prod(p.stride))  # of one launch
+    taps = math.prod(p.kernel)
+    for config in shipped_input_grads(precision, input_grad_class(p), where.arch):
+        config = config.fitted(dataclasses.replace(p, c=p.k, k=p.c))
+        config = _within(config, dtype.itemsize, where)
+        if config.shared(dtype.itemsize) > where.shared:
+            continue
+        if p.stride == (1, 1, 1):
+            shared = _split_over(config, pixels, p.c // p.groups, p.k // p.groups, p.groups, taps, where)
+            found += [shared] if shared == config else [shared, config]
+        else:
+            found.append(config)
+    return list(dict.fromkeys(found))
+
+
+def weight_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> list[Config]:
+    """What a weight gradient tries, the default first: each tile with the parts that fill the machine twice."""
+    p, found = problem, []
+    pixels, taps = p.n * math.prod(p.out_size), math.prod(p.kernel)
+    c, k = p.c // p.groups, p.k // p.groups
+    few = c < PACKED_BELOW
+    for config in shipped_weight_grads(precision, few, where.arch):
+        config = _within(config.fitted(p), dtype.itemsize, where)
+        if config.shared(dtype.itemsize) > where.shared:
+            continue
+        columns = -(-taps * c // config.bn) if few else taps * -(-c // config.bn)
+        tiles = -(-k // config.bk) * columns * p.groups
+        # At most 64 parts, and 8 steps a part: fewer would be all filling and draining.
+        most = max(1, min(64, pixels // (8 * config.bm)))
+        parts = min(most, max(1, 2 * where.multiprocessors // tiles))
+        found.append(dataclasses.replace(config, split=parts))
+        if len(found) == 1:
+            found.append(dataclasses.replace(config, split=min(most, 2 * parts)))
+    return list(dict.fromkeys(found))

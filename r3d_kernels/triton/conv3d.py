@@ -11,8 +11,10 @@ Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,10 @@ from r3d_kernels.triton.config import Config
 from r3d_kernels.triton.launch import Forward, InputGrad, WeightGrad, channels_last, check_operand
 
 __all__ = ["conv3d", "conv3d_input_grad", "conv3d_weight_grad"]
+
+logger = logging.getLogger("r3d_kernels")
+
+Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 def _triples(stride: object, padding: object, dilation: object) -> tuple[tuple[int, int, int], ...]:
@@ -150,16 +156,26 @@ def chosen(
     def launch(config: Config) -> Forward:
         return forward(problem, config, precision, scale is not None, bias is not None)
 
-    config, final = tuner.config_for(problem, precision, launch, (x, weight, scale, bias, residual))
+    operands = (x, weight, scale, bias, residual)
+    config, final = tuner.config_for(tuner.FORWARD, problem, precision, launch, operands)
     return launch(config), final
 
 
 _MOST_CALLS = 4096  # kinds of calls remembered
-_known: dict[tuple[object, ...], Forward] = {}  # checked and chosen, by everything that decides
+_known: dict[tuple[object, ...], Any] = {}  # launches checked and chosen, by everything that decides
 
 
 def _about(t: Tensor | None) -> object:
     return None if t is None else (t.shape, t.dtype, t.device)
+
+
+def _remembered(key: tuple[object, ...], launch: Any, final: bool) -> Any:
+    """`launch`, which later calls like this one take without asking, if the choice is final."""
+    if final:
+        if len(_known) >= _MOST_CALLS:
+            _known.clear()
+        _known[key] = launch
+    return launch
 
 
 @torch.library.custom_op(
@@ -184,11 +200,7 @@ def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups,
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else channels_last(residual)
     if launch is None:
-        launch, final = chosen(problem, x, weight, scale, bias, residual)
-        if final:
-            if len(_known) >= _MOST_CALLS:
-                _known.clear()
-            _known[key] = launch
+        launch = _remembered(key, *chosen(problem, x, weight, scale, bias, residual))
     return launch(x, weight, scale, bias, residual)
 
 
@@ -241,13 +253,45 @@ def _checked_gradient(
 
 
 @lru_cache(maxsize=4096)
-def input_grad(problem: ConvProblem, precision: str, where: configs.Machine) -> InputGrad:
-    return InputGrad(problem, configs.input_grad(problem, precision, where), precision)
+def input_grad(problem: ConvProblem, config: Config, precision: str) -> InputGrad:
+    return InputGrad(problem, config, precision)
 
 
 @lru_cache(maxsize=4096)
-def weight_grad(problem: ConvProblem, precision: str, multiprocessors: int) -> WeightGrad:
-    return WeightGrad(problem, precision, multiprocessors)
+def weight_grad(problem: ConvProblem, config: Config, precision: str) -> WeightGrad:
+    return WeightGrad(problem, config, precision)
+
+
+def chosen_input_grad(problem: ConvProblem, dy: Tensor, weight: Tensor) -> tuple[Gradient, bool]:
+    """The launch for a problem, as `chosen`. Torch's own where none of ours computes what it does."""
+    return _chosen_gradient(tuner.INPUT_GRAD, input_grad, problem, dy, weight)
+
+
+def chosen_weight_grad(problem: ConvProblem, x: Tensor, dy: Tensor) -> tuple[Gradient, bool]:
+    """The launch for a problem, as `chosen_input_grad`."""
+    return _chosen_gradient(tuner.WEIGHT_GRAD, weight_grad, problem, x, dy)
+
+
+def _chosen_gradient(
+    task: tuner.Task,
+    make: Callable[[ConvProblem, Config, str], Gradient],
+    problem: ConvProblem,
+    a: Tensor,
+    b: Tensor,
+) -> tuple[Gradient, bool]:
+    precision = configs.precision_of(a.dtype)
+
+    def launch(config: Config) -> Gradient:
+        return make(problem, config, precision)
+
+    # What no configuration can run is an error of the caller's and none of the configuration.
+    launch(task.candidates(problem, a.dtype, precision, configs.machine(a.device))[0])
+    try:
+        config, final = tuner.config_for(task, problem, precision, launch, (a, b))
+    except tuner.NothingWorks as e:  # a training run goes on
+        logger.warning("torch's own %s is used: %s", task.name, e)
+        return partial(task.by_torch, problem), True
+    return launch(config), final
 
 
 def conv3d_input_grad(
@@ -287,11 +331,20 @@ def conv3d_input_grad(
     " -> Tensor",
 )
 def _conv3d_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
-    _check.same_dtype(weight, "weight", dy.dtype)
-    _check.same_device(weight, "weight", dy.device)
-    problem = _gradient_problem(input_size, weight.shape, dy, stride, padding, dilation, groups)
-    launch = input_grad(problem, configs.precision_of(dy.dtype), configs.machine(dy.device))
-    return launch(channels_last(dy), channels_last(weight))
+    key = (
+        *("input gradient", _about(dy), _about(weight)),
+        *(*input_size, *stride, *padding, *dilation, groups),
+        *(configs.precision_of(dy.dtype), tuning.enabled()),
+    )
+    launch = _known.get(key)
+    if launch is None:
+        _check.same_dtype(weight, "weight", dy.dtype)
+        _check.same_device(weight, "weight", dy.device)
+        problem = _gradient_problem(input_size, weight.shape, dy, stride, padding, dilation, groups)
+    dy, weight = channels_last(dy), channels_last(weight)
+    if launch is None:
+        launch = _remembered(key, *chosen_input_grad(problem, dy, weight))
+    return launch(dy, weight)
 
 
 @_conv3d_input_grad.register_fake
@@ -338,12 +391,20 @@ def conv3d_weight_grad(
     " -> Tensor",
 )
 def _conv3d_weight_grad(x, dy, weight_size, stride, padding, dilation, groups):
-    _check.same_dtype(dy, "dy", x.dtype)
-    _check.same_device(dy, "dy", x.device)
-    problem = _gradient_problem(x.shape, weight_size, dy, stride, padding, dilation, groups)
-    where = configs.machine(x.device)
-    launch = weight_grad(problem, configs.precision_of(x.dtype), where.multiprocessors)
-    return launch(channels_last(x), channels_last(dy))
+    key = (
+        *("weight gradient", _about(x), _about(dy)),
+        *(*weight_size, *stride, *padding, *dilation, groups),
+        *(configs.precision_of(x.dtype), tuning.enabled()),
+    )
+    launch = _known.get(key)
+    if launch is None:
+        _check.same_dtype(dy, "dy", x.dtype)
+        _check.same_device(dy, "dy", x.device)
+        problem = _gradient_problem(x.shape, weight_size, dy, stride, padding, dilation, groups)
+    x, dy = channels_last(x), channels_last(dy)
+    if launch is None:
+        launch = _remembered(key, *chosen_weight_grad(problem, x, dy))
+    return launch(x, dy)
 
 
 @_conv3d_weight_grad.register_fake

@@ -16,8 +16,10 @@ import triton.language as tl
 __all__ = [
     "conv3d_boxes",
     "conv3d_packed",
+    "conv3d_rows",
     "conv3d_tiled",
     "conv3d_weight_grad",
+    "pad_channels",
     "reduce_parts",
     "sum_parts",
 ]
@@ -437,6 +439,101 @@ def conv3d_packed(
     )
 
 
+@triton.jit(do_not_specialize=[*_GEOMETRY])
+def conv3d_rows(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    res_ptr,
+    y_ptr,
+    M,
+    K,
+    y_pitch,
+    D,
+    H,
+    W,
+    OD,
+    OH,
+    OW,
+    sd,
+    sh,
+    sw,
+    pd,
+    ph,
+    pw,
+    dd,
+    dh,
+    dw,  # 1
+    C: tl.constexpr,  # channels of x and the weight, padded to a power of two
+    T: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,  # at least S * C
+    GROUP: tl.constexpr,
+):
+    """For few channels (stems): a block of the sum is a row of the kernel, whose taps and channels lie side by side.
+
+    In x as in the weight, so that they are one address: what falls on padding to the left and right is known before the
+    loop, and inside, a row of the kernel costs what a tap costs in `conv3d_tiled`. Channels that are a power of two
+    make a pixel a whole number of words, which can be copied ahead of the sums.
+    """
+    pid_m, pid_n = _tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BN), GROUP)
+    if WIDE:
+        pid_m = pid_m.to(tl.int64)
+    m = pid_m * BM + tl.arange(0, BM)
+    k = pid_n * BN + tl.arange(0, BN)
+    j = tl.arange(0, BK)
+    m_ok = m < M
+    k_ok = k < K
+    j_ok = j < S * C
+    n, od, oh, ow = _pixel(m, OD, OH, OW)
+    d0 = od * sd - pd
+    h0 = oh * sh - ph
+    w0 = ow * sw - pw
+    w = w0[:, None] + (j // C)[None, :]
+    in_w = m_ok[:, None] & j_ok[None, :] & (w >= 0) & (w < W)  # [BM, BK]
+    in_d = _taps_inside(d0, dd, D, T)
+    in_h = _taps_inside(h0, dh, H, R)
+    a_ptrs = x_ptr + ((((n * D + d0) * H + h0) * W + w0) * C)[:, None] + j[None, :]
+    b_ptrs = w_ptr + tl.where(k_ok, k, 0)[None, :] * (T * R * S * C) + j[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(0, T * R):
+        t = i // R
+        r = i - t * R
+        ok = ((in_d >> t) & (in_h >> r) & 1) != 0
+        pixels = (t * dd * H + r * dh) * W
+        if WIDE:
+            pixels = pixels.to(tl.int64)
+        a = tl.load(a_ptrs + pixels * C, mask=ok[:, None] & in_w, other=0.0)
+        b = tl.load(b_ptrs + i * (S * C), mask=j_ok[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    _finish(
+        acc,
+        m * y_pitch,
+        m_ok,
+        pid_n * BN,
+        0,
+        K,
+        scale_ptr,
+        bias_ptr,
+        res_ptr,
+        y_ptr,
+        HAS_SCALE,
+        HAS_BIAS,
+        HAS_RES,
+        RELU,
+    )
+
+
 @triton.jit(do_not_specialize=["OD", "OH", "OW", "pd", "ph", "pw", "dd", "dh", "dw", "C"])
 def conv3d_boxes(
     x_desc,  # [N, D, H, W, C], boxes [1, BD, BH, BW, BK]
@@ -534,6 +631,15 @@ def conv3d_boxes(
         HAS_RES,
         RELU,
     )
+
+
+@triton.jit(do_not_specialize=["size"])
+def pad_channels(x_ptr, y_ptr, size, C: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """[pixels, C] to [pixels, PADDED], with zeros; `size` is that of the result."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = i % PADDED
+    x = tl.load(x_ptr + i // PADDED * C + c, mask=(i < size) & (c < C), other=0.0)
+    tl.store(y_ptr + i, x, mask=i < size)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])

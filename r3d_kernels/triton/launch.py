@@ -95,6 +95,22 @@ def _wide(*shapes: tuple[int, ...]) -> bool:
     return any(math.prod(s) + 2 * math.prod(s[1:]) >= _INT32 for s in shapes)
 
 
+class _Pad:
+    """Pixels of a few channels with zeros behind each."""
+
+    def __init__(self, c: int, padded: int, pixels: int) -> None:
+        self.size = pixels * padded
+        meta = {"C": c, "PADDED": padded, "BLOCK": 1024, "num_warps": 4}
+        self.launch = Launch(
+            kernels.pad_channels, (triton.cdiv(max(self.size, 1), 1024),), (self.size,), meta
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.empty(self.size, dtype=x.dtype, device=x.device)
+        self.launch(x, y)
+        return y
+
+
 class Forward:
     """y = act(conv(x, weight) * scale + bias + residual) for one geometry, dtype and configuration.
 
@@ -129,6 +145,7 @@ class Forward:
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
         tiles_n = triton.cdiv(k, config.bn)
         self.parts = 1
+        self.pads: list[_Pad] = []  # of x and the weight
         self.box: tuple[int, int, int] | None = None
         self._checked: tuple[dict[str, Any], ...] | None = None  # descriptors, less their tensors
         t, r, s = p.kernel
@@ -137,6 +154,22 @@ class Forward:
             sizes: tuple[int, ...] = (m, k, p.c, p.k, *geometry, taps * c, k * taps * c)
             self.meta = dict(meta, **common, BM=config.bm, C=c, T=t, R=r, S=s)
             kernel = kernels.conv3d_packed
+        elif config.kernel == "rows":
+            if (why_not := configs.why_no_rows(p)) is not None:
+                raise ValueError(f"config: {config} {why_not}")
+            padded = configs.padded_channels(c)
+            if config.bk < s * padded:
+                raise ValueError(
+                    f"config: {config} takes rows of at most {config.bk} values, got {s * padded}"
+                )
+            grid = (triton.cdiv(m, config.bm) * tiles_n,)
+            sizes = (m, k, p.k, *geometry)
+            self.meta = dict(
+                meta, **common | {"WIDE": _wide((*p.in_shape, padded))}, BM=config.bm, C=padded, T=t, R=r, S=s
+            )
+            kernel = kernels.conv3d_rows
+            if padded != c:
+                self.pads = [_Pad(c, padded, pixels) for pixels in (p.n * p.d * p.h * p.w, k * taps)]
         elif config.kernel == "tiled":
             if max(p.kernel) > configs.MAX_TAPS:
                 raise ValueError(
@@ -173,9 +206,10 @@ class Forward:
                     f"config: no box of {config.bm} outputs fits {p.out_size} without too much waste"
                 )
             bd, bh, bw = self.box
-            boxes = [triton.cdiv(o, b) for o, b in zip(p.out_size, self.box, strict=True)]
-            grid = (p.n * math.prod(boxes) * tiles_n,)
-            sizes = (p.n, c, k, p.k, *p.out_size, *p.padding, *p.dilation)
+            self._flat = f = configs.flat(p)
+            boxes = [triton.cdiv(o, b) for o, b in zip(f.out_size, self.box, strict=True)]
+            grid = (f.n * math.prod(boxes) * tiles_n,)
+            sizes = (f.n, c, k, p.k, *f.out_size, *p.padding, *p.dilation)
             self.meta = dict(meta, **common, T=t, R=r, S=s, BD=bd, BH=bh, BW=bw)
             kernel = kernels.conv3d_boxes
         self.launch = Launch(kernel, grid, sizes, self.meta)
@@ -201,7 +235,11 @@ class Forward:
         with on_device(x):
             if self.box is not None:
                 self.launch(*tail, descriptors=self._descriptors(x, weight))
-            elif self.config.kernel == "packed":
+            elif self.config.kernel in ("packed", "rows"):
+                for pad in self.pads[:1]:
+                    x = pad(x)
+                for pad in self.pads[1:]:
+                    weight = pad(weight)
                 self.launch(x, weight, *tail)
             elif self.parts == 1:
                 self.launch(x, weight, *tail, y)
@@ -227,7 +265,7 @@ class Forward:
         return descriptors
 
     def _new_descriptors(self, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
-        p, c, bk = self.problem, self.config, self.config.bk
+        p, c, bk = self._flat, self.config, self.config.bk
         assert self.box is not None
         taps = math.prod(p.kernel)
         rows, planes = p.w * p.c, p.h * p.w * p.c
@@ -290,8 +328,12 @@ class InputGrad:
         _, r, s = p.kernel
         plane = p.h * p.w * p.c
         # dy's channels are summed over and x's are the outputs
-        mirrored = dataclasses.replace(p, c=p.k, k=p.c)
-        config = config.fitted(mirrored)
+        config = config.fitted(dataclasses.replace(p, c=p.k, k=p.c))
+        self.config = config
+        dense = p.stride == (1, 1, 1)
+        if config.split > 1 and not dense:
+            raise ValueError(f"config: the sum of {config} is split, which stride {p.stride} does not allow")
+        self.parts = 1
         parts = itertools.product(
             *(
                 _axes(*axis)
@@ -309,6 +351,9 @@ class InputGrad:
                     f"kernel_size: expected at most {configs.MAX_TAPS} taps an axis, got {list(p.kernel)}"
                 )
             m = p.n * d.count * h.count * w.count
+            steps = d.taps * h.taps * w.taps * triton.cdiv(k, config.bk)
+            per_part = triton.cdiv(steps, config.split)
+            self.parts = triton.cdiv(steps, per_part)  # no part is empty
             first = (d.first * p.h * p.w + h.first * p.w + w.first) * p.c
             sizes = (
                 *(m, k, c, p.k, p.c, *p.out_size, d.count, h.count, w.count, 1, 1, 1),
@@ -316,17 +361,17 @@ class InputGrad:
                 *(taps * c, c, k * taps * c, d.step * r * s, h.step * s, w.step),
                 (d.first_tap * r + h.first_tap) * s + w.first_tap,
                 *(p.d * plane, p.stride[0] * plane, p.stride[1] * p.w * p.c, p.stride[2] * p.c, first),
-                d.taps * h.taps * w.taps * triton.cdiv(k, config.bk),
+                per_part,
             )
             meta = {
                 "T": d.taps,
                 "R": h.taps,
                 "S": w.taps,
-                "POINTWISE": taps == 1 and p.stride == (1, 1, 1) and p.padding == (0, 0, 0),
+                "POINTWISE": taps == 1 and dense and p.padding == (0, 0, 0),
                 "ROWS_SUM": True,
                 "EVEN_C": k % config.bk == 0,
-                "DENSE": p.stride == (1, 1, 1),
-                "SPLIT": False,
+                "DENSE": dense,
+                "SPLIT": self.parts > 1,
                 "HAS_SCALE": False,
                 "HAS_BIAS": False,
                 "HAS_RES": False,
@@ -340,8 +385,15 @@ class InputGrad:
                 "num_warps": config.warps,
                 "num_stages": config.stages,
             }
-            grid = (triton.cdiv(m, config.bm) * triton.cdiv(c, config.bn), p.groups, 1)
+            grid = (triton.cdiv(m, config.bm) * triton.cdiv(c, config.bn), p.groups, self.parts)
             self.launches.append(Launch(kernels.conv3d_tiled, grid, sizes, meta))
+        if self.parts > 1:
+            m = p.n * p.d * p.h * p.w
+            self.part_shape = (self.parts, m, p.c)
+            none = dict.fromkeys(("HAS_SCALE", "HAS_BIAS", "HAS_RES", "RELU"), False)
+            grid = (triton.cdiv(m, 32), triton.cdiv(p.c, 64))
+            reduction = {**none, "BM": 32, "BN": 64, "num_warps": 4}
+            self.reduce = Launch(kernels.reduce_parts, grid, (m, p.c, self.parts), reduction)
 
     def __call__(self, dy: Tensor, weight: Tensor) -> Tensor:
         dx = empty(self.shape, dy)
@@ -349,31 +401,35 @@ class InputGrad:
             dx.zero_()
         if self.shape[0]:
             with on_device(dy):
-                for launch in self.launches:
-                    launch(dy, weight, dx, dx, dx, dx, dx)
+                if self.parts > 1:
+                    part = torch.empty(self.part_shape, dtype=torch.float32, device=dy.device)
+                    self.launches[0](dy, weight, dx, dx, dx, dx, part)
+                    self.reduce(part, dx, dx, dx, dx)
+                else:
+                    for launch in self.launches:
+                        launch(dy, weight, dx, dx, dx, dx, dx)
         return dx
 
 
 class WeightGrad:
-    """dw of a convolution for one geometry, dtype and tile: float32 sums over parts of the pixels, added in order.
+    """dw of a convolution for one geometry, dtype and configuration: float32 sums over parts of the pixels, in order.
 
     Called with x and dy, channels-last in memory; returns [K, C / groups, T, R, S], channels-last in memory.
     """
 
-    def __init__(self, problem: ConvProblem, precision: str, multiprocessors: int) -> None:
-        p = problem
+    def __init__(self, problem: ConvProblem, config: Config, precision: str) -> None:
+        p, config = problem, config.fitted(problem)
+        self.config = config
         c, k = p.c // p.groups, p.k // p.groups
-        one_tap = c >= 16
-        bm, bn, bk, warps, stages = configs.WEIGHT_GRAD[precision, not one_tap]
+        one_tap = c >= configs.PACKED_BELOW
+        bm, bn, bk = config.bm, config.bn, config.bk
         taps = math.prod(p.kernel)
         m = p.n * math.prod(p.out_size)
         if m >= _INT32 - bm:
             raise ValueError(f"x: expected fewer than 2^31 output pixels for a weight gradient, got {m}")
         columns = taps * triton.cdiv(c, bn) if one_tap else triton.cdiv(taps * c, bn)
         tiles = triton.cdiv(k, bk) * columns
-        # Two waves of programs, at most 64 parts, and 8 steps a part: fewer would be all filling and draining.
-        parts = max(1, min(64, 2 * multiprocessors // (tiles * p.groups), m // (8 * bm)))
-        per_part = triton.cdiv(triton.cdiv(max(m, 1), parts), bm) * bm
+        per_part = triton.cdiv(triton.cdiv(max(m, 1), config.split), bm) * bm
         self.parts = max(1, triton.cdiv(m, per_part))
         self.shape = p.weight_shape
         self.size = math.prod(p.weight_shape)
@@ -391,8 +447,8 @@ class WeightGrad:
             "BM": bm,
             "BN": bn,
             "BK": bk,
-            "num_warps": warps,
-            "num_stages": stages,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
         }
         self.launch = Launch(kernels.conv3d_weight_grad, (tiles, p.groups, self.parts), sizes, meta)
         self.sum = Launch(

@@ -1,14 +1,19 @@
-"""Which configuration a convolution runs with: measured once on the layer's own data and remembered, or the default.
+"""Which configuration a convolution or a gradient runs with: measured once and remembered, or the default.
 
 Every configuration's result is compared with torch's own before it may be measured: more warps than a kernel can use
-have given wrong results in released versions of Triton (triton#1254, pytorch#173068).
+have given wrong results in released versions of Triton (triton#1254, pytorch#173068). A layer is compared on its own
+data; a gradient, whose data may be zeros (a norm that starts at zero) or infinities (a loss scale that is too large),
+then on random numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,24 +21,55 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn.grad import conv3d_input, conv3d_weight
 
 from r3d_kernels import _fork, tuning
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.config import Config
 from r3d_kernels.triton.launch import on_device
+from r3d_kernels.tuning import gpu_seconds
 
-__all__ = ["config_for", "disagreement", "fastest", "gpu_seconds"]
+__all__ = [
+    "FORWARD",
+    "INPUT_GRAD",
+    "WEIGHT_GRAD",
+    "NothingWorks",
+    "Task",
+    "config_for",
+    "disagreement",
+    "fastest",
+]
 
 logger = logging.getLogger("r3d_kernels")
 
-BUDGET = 15.0  # seconds for one layer, compilation included; the default is always measured
-_TRIES = 3  # calls whose data could not be compared, after which a layer keeps its default
+BUDGET = 15.0  # seconds, compilation included, after which no configuration is begun; the default is always measured
+_TRIES = 3  # calls that could not be measured, after which a layer keeps its default
 _known: dict[tuple[str, str], Config] = {}  # what this process has decided
 _failed: dict[tuple[str, str], int] = {}
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
 
 Launch = Callable[[Config], Callable[..., Tensor]]
+Tensors = tuple[Tensor | None, ...]
+# (index, result): of one sample, or of all where the index is None
+Expected = Sequence[tuple[int | None, Tensor]]
+
+
+class NothingWorks(RuntimeError):
+    """No configuration compiles here and computes what torch does."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the computations that are tuned."""
+
+    name: str  # in the keys of the cache
+    candidates: Callable[[ConvProblem, torch.dtype, str, configs.Machine], list[Config]]  # the default first
+    reference: Callable[[ConvProblem, Tensors], Expected]  # by torch in exact float32
+    by_torch: Callable[..., Tensor] | None = None  # what runs where nothing of ours works
+    random: bool = False  # whether random numbers may stand for data that tell nothing
+    budget: float = BUDGET
+
 
 # |error| <= relative * |reference| + absolute * root mean square of the reference, element by element
 _TOLERANCE = {
@@ -54,75 +90,109 @@ def _can_measure(x: Tensor) -> bool:
 
 
 def config_for(
-    problem: ConvProblem, precision: str, launch: Launch, tensors: tuple[Tensor | None, ...]
+    task: Task, problem: ConvProblem, precision: str, launch: Launch, tensors: Tensors
 ) -> tuple[Config, bool]:
     """The configuration for a problem, and whether it is so for good: a later call may be able to measure.
 
     Args:
-        problem, precision: what is to be run.
+        task, problem, precision: what is to be run.
         launch: makes the callable that runs a configuration.
-        tensors: x, weight, scale, bias and residual of this very call, channels-last.
+        tensors: what this very call runs on, channels-last: x, weight, scale, bias and residual; dy and weight; or
+            x and dy.
 
     Raises:
-        RuntimeError: where no configuration compiles and computes what torch does.
+        NothingWorks: where no configuration compiles and computes what torch does.
     """
-    x = tensors[0]
-    assert x is not None
-    where = configs.machine(x.device)
-    able = configs.candidates(problem, x.dtype, precision, where)
-    if not _can_measure(x) or problem.n == 0 or not tuning.enabled():
+    first = tensors[0]
+    assert first is not None
+    where = configs.machine(first.device)
+    able = task.candidates(problem, first.dtype, precision, where)
+    if not _can_measure(first) or problem.n == 0 or not tuning.enabled():
         return able[0], True
-    place = _machine(x.device), f"triton {problem} {x.dtype} {precision}".replace("torch.", "")
+    words = ("triton", task.name, str(problem), str(first.dtype).removeprefix("torch."), precision)
+    place = _machine(first.device), " ".join(filter(None, words))
     if place in _known:
         return _known[place], True
     if torch.cuda.is_current_stream_capturing():
         return able[0], False
     with _measuring:
         if place not in _known:
-            best = _measured(problem, precision, launch, tensors, able, *place)
+            best = _measured(task, problem, precision, launch, tensors, able, *place)
             if best is None:
                 _failed[place] = _failed.get(place, 0) + 1
                 if _failed[place] < _TRIES:
                     return able[0], False
-                logger.warning("%s: nothing finite to compare results by, not measured", place[1])
+                logger.warning("%s: not measured, %d calls had no finite data or memory", place[1], _TRIES)
             _known[place] = best or able[0]
     return _known[place], True
 
 
 def _measured(
+    task: Task,
     problem: ConvProblem,
     precision: str,
     launch: Launch,
-    tensors: tuple[Tensor | None, ...],
+    tensors: Tensors,
     able: Sequence[Config],
     machine: str,
     key: str,
 ) -> Config | None:
-    """The fastest configuration, from the cache or from a measurement; None where nothing can be compared."""
-    x = tensors[0]
-    assert x is not None
+    """The fastest configuration, from the cache or from a measurement; None where nothing can be compared now."""
+    first = tensors[0]
+    assert first is not None
     remembered = tuning.shared.get(machine, key)
     texts = {str(c) for c in able}
     if remembered is not None and remembered["kernel"] in texts and set(remembered["seconds"]) <= texts:
         return Config.parse(remembered["kernel"])
-    expected = reference(problem, tensors)
-    if not all(torch.isfinite(e).all() for _, e in expected):
-        return None  # the next call may bring better data
-    with on_device(x):
-        seconds = fastest(able, launch, tensors, precision, expected, gpu_seconds, BUDGET)
+    try:
+        with torch.no_grad(), on_device(first):
+            expected = task.reference(problem, tensors)
+            if task.random and not all(_tells(e) for _, e in expected):
+                tensors = tuple(None if t is None else _random_like(t) for t in tensors)
+                expected = task.reference(problem, tensors)
+            if not all(torch.isfinite(e).all() for _, e in expected):
+                return None  # the next call may bring better data
+            seconds = fastest(able, launch, tensors, precision, expected, gpu_seconds, task.budget)
+    except torch.cuda.OutOfMemoryError:  # the call itself may still fit
+        return None
     best = min(seconds, key=seconds.__getitem__)
     tuning.shared.put(machine, key, str(best), {str(c): s for c, s in seconds.items()})
     return best
 
 
-def reference(problem: ConvProblem, tensors: tuple[Tensor | None, ...]) -> list[tuple[int, Tensor]]:
-    """(index, result) of the first and the last sample, by torch in exact float32: both ends of the tiles."""
+def _tells(expected: Tensor) -> bool:
+    """Whether a wrong result would be seen: zeros are right too often."""
+    size = expected.square().mean()
+    return bool(torch.isfinite(size) & (size > 0))
+
+
+def _random_like(t: Tensor) -> Tensor:
+    """Not from the generator that the user's own random numbers come from."""
+    generator = torch.Generator(t.device).manual_seed(0)
+    y = torch.empty_like(t)  # channels-last as it is
+    return y.normal_(generator=generator)
+
+
+# ---- what torch computes, in exact float32 ----
+
+
+def _exact() -> contextlib.AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _ends(n: int) -> list[int]:
+    """The first and the last sample: both ends of the tiles."""
+    return sorted({0, n - 1})
+
+
+def reference(problem: ConvProblem, tensors: Tensors) -> Expected:
+    """Of the first and the last sample."""
     x, weight, scale, bias, residual = tensors
     assert x is not None
     assert weight is not None
     p, results = problem, []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for i in sorted({0, p.n - 1}):
+    with _exact():
+        for i in _ends(p.n):
             y = F.conv3d(
                 x[i : i + 1].float(), weight.float(), None, p.stride, p.padding, p.dilation, p.groups
             )
@@ -136,25 +206,76 @@ def reference(problem: ConvProblem, tensors: tuple[Tensor | None, ...]) -> list[
     return results
 
 
-def disagreement(y: Tensor, expected: Sequence[tuple[int, Tensor]], precision: str) -> str | None:
+def torch_input_grad(p: ConvProblem, dy: Tensor, weight: Tensor) -> Tensor:
+    dx = conv3d_input(p.in_shape, weight, dy, p.stride, p.padding, p.dilation, p.groups)
+    return dx.contiguous(memory_format=torch.channels_last_3d)
+
+
+def torch_weight_grad(p: ConvProblem, x: Tensor, dy: Tensor) -> Tensor:
+    dw = conv3d_weight(x, p.weight_shape, dy, p.stride, p.padding, p.dilation, p.groups)
+    return dw.contiguous(memory_format=torch.channels_last_3d)
+
+
+def reference_input_grad(problem: ConvProblem, tensors: Tensors) -> Expected:
+    """Of the first and the last sample."""
+    dy, weight = tensors
+    assert dy is not None
+    assert weight is not None
+    one = dataclasses.replace(problem, n=1)
+    with _exact():
+        return [(i, torch_input_grad(one, dy[i : i + 1].float(), weight.float())) for i in _ends(problem.n)]
+
+
+def reference_weight_grad(problem: ConvProblem, tensors: Tensors) -> Expected:
+    """Sample by sample, or float32 copies of all of them would be the peak of memory."""
+    x, dy = tensors
+    assert x is not None
+    assert dy is not None
+    one = dataclasses.replace(problem, n=1)
+    dw = torch.zeros(problem.weight_shape, dtype=torch.float64, device=x.device)
+    with _exact():
+        for i in range(problem.n):
+            dw += torch_weight_grad(one, x[i : i + 1].float(), dy[i : i + 1].float())
+    return [(None, dw.float())]
+
+
+FORWARD = Task("", lambda *problem: configs.candidates(*problem), reference)
+INPUT_GRAD = Task(
+    "input gradient",
+    lambda *problem: configs.input_grads(*problem),
+    reference_input_grad,
+    torch_input_grad,
+    random=True,
+)
+WEIGHT_GRAD = Task(
+    "weight gradient",
+    lambda *problem: configs.weight_grads(*problem),
+    reference_weight_grad,
+    torch_weight_grad,
+    random=True,
+)
+
+
+def disagreement(y: Tensor, expected: Expected, precision: str) -> str | None:
     """None where y is what it should be, element by element; else what is wrong."""
     relative, absolute = _TOLERANCE[precision, y.dtype]
     for i, want in expected:
-        got = y[i : i + 1].float()
+        got = (y if i is None else y[i : i + 1]).float()
         allowed = relative * want.abs() + absolute * want.square().mean().sqrt() + 1e-30
         wrong = ~((got - want).abs() <= allowed)  # a NaN is wrong too
         count = int(wrong.sum())
         if count:
-            return f"{count} of {wrong.numel()} elements of sample {i} are wrong"
+            which = "" if i is None else f" of sample {i}"
+            return f"{count} of {wrong.numel()} elements{which} are wrong"
     return None
 
 
 def fastest(
     able: Sequence[Config],
     launch: Launch,
-    tensors: tuple[Tensor | None, ...],
+    tensors: Tensors,
     precision: str,
-    expected: Sequence[tuple[int, Tensor]],
+    expected: Expected,
     measure: Callable[[Callable[[], Any]], float],
     budget: float,
     clock: Callable[[], float] = time.monotonic,
@@ -162,7 +283,7 @@ def fastest(
     """Seconds of each configuration that computes the right thing, in the order given, until the budget is spent.
 
     Raises:
-        RuntimeError: where none does, with the reason of each.
+        NothingWorks: where none does, with the reason of each.
     """
     start, seconds, failures = clock(), {}, []
     for config in able:
@@ -181,19 +302,5 @@ def fastest(
             failures.append(f"{config}: {failure}")
             logger.warning("Triton configuration is not used: %s", failures[-1])
     if not seconds:
-        raise RuntimeError("no Triton configuration works here: " + "; ".join(failures))
+        raise NothingWorks("no Triton configuration works here: " + "; ".join(failures))
     return seconds
-
-
-def gpu_seconds(run: Callable[[], Any], rounds: int = 7) -> float:
-    """The median time of a call on the GPU, from events; a warm-up call comes first."""
-    run()
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
-    ]
-    for begin, end in pairs:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(b.elapsed_time(e) for b, e in pairs)[rounds // 2] / 1e3

@@ -51,7 +51,8 @@ def record(job: dict[str, Any]) -> list[tuple[Any, tuple, dict]]:
             # what another kernel calls has to stay what it is
             if not any(re.search(rf"\b{name}\(", other.src) for other in found.values() if other is not fn):
                 setattr(module, name, Recorder(fn, launches))
-    for cached in (norm._forward, norm._backward_of, pool._max_pool_launch, pool._average_launch):
+    pools = (pool._max_pool_launch, pool._average_launch, pool._linear_launch)
+    for cached in (norm._forward, norm._backward_of, *pools):
         cached.cache_clear()  # they hold the recorders of an earlier job
     launch.interpreted = lambda: True  # CPU tensors will do: nothing is launched
     p = ConvProblem.parse(job["problem"])
@@ -72,13 +73,14 @@ def record(job: dict[str, Any]) -> list[tuple[Any, tuple, dict]]:
     elif what == "input_grad":
         launch.InputGrad(p, config.Config.parse(job["config"]), precision)(y, weight)
     elif what == "weight_grad":
-        launch.WeightGrad(p, precision, 132)(x, y)
+        launch.WeightGrad(p, config.Config.parse(job["config"]), precision)(x, y)
     elif what == "norm":
-        norm._batch_norm_act._init_fn(y, vector, vector, y.clone(), 1e-5, "relu")
-        norm._batch_norm_act_backward._init_fn(y, y.clone(), y, tensor((2, p.k)), vector, True, 1e-5)
+        norm._batch_norm_act._init_fn(y, vector, vector, x, 1e-5, "relu")
+        norm._batch_norm_act_backward._init_fn(y, x, y, tensor((2, p.k)), vector, True, 1e-5)
     elif what == "pool":
         pool._max_pool3d._init_fn(y, [3, 3, 3], [2, 2, 2], [1, 1, 1])
         pool._global_avg_pool3d._init_fn(y)
+        pool._avg_pool_linear._init_fn(y, tensor((400, p.k)), tensor((400,)))
     else:
         raise ValueError(f"op: {what!r}")
     assert conv3d  # imported for its registrations

@@ -108,9 +108,12 @@ TILES = [
     ("n2c40d2h5w5k20f1+relu", "tiled 16x16x16 w4 s3 g2 k2"),
     ("n1c20d3h5w7k24f3p1+res+relu", "packed 32x16x32 w4 s2 g2 k1"),
     ("n1c6d3h5w7k20f2x3x2s2p1l1x2x1g2+res", "packed 16x16x16 w4 s2 g3 k1"),
+    ("n1c3d4h9w11k20f3x5x7s1x2x2p1x2x3+res+relu", "rows 32x32x32 w4 s3 g2 k1"),  # channels padded to 4
+    ("n2c1d3h7w6k20f3x2x3s2x1x3p2x0x1l1x2x1+relu", "rows 16x16x16 w4 s3 g8 k1"),
     ("n2c24d2h9w8k20f3p1+res+relu", "boxes 32x32x32 w4 s3 g4 k1"),
     ("n1c16d5h8w16k20f3x2x3p1x0x2l1x2x2+relu", "boxes 64x32x16 w4 s3 g2 k1"),
     ("n3c8d2h8w8k16f1+res", "boxes 64x16x16 w4 s3 g2 k1"),
+    ("n2c24d1h8w7k20f1+res+relu", "boxes 64x32x16 w4 s3 g8 k1"),  # one row of all pixels
 ]
 
 
@@ -156,7 +159,7 @@ def test_epilogue_parts(dtype: torch.dtype, scale: bool, bias: bool) -> None:
 
 
 def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
-    for text, config in TILES[3::3]:
+    for text, config in (TILES[3], *TILES[6:10:3], TILES[-1]):
         p = ConvProblem.parse(text)
         conv3d.forward.cache_clear()
         narrow = check(p, torch.float32, config)
@@ -166,6 +169,24 @@ def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
             wide = check(p, torch.float32, config)
         conv3d.forward.cache_clear()
         assert torch.equal(narrow, wide)
+
+
+def test_rows_that_are_none() -> None:
+    for text, why in {
+        "n1c4d2h4w4k16f3p1g2": "groups=1",
+        "n1c4d2h4w4k16f3p2l2": "dilation 1 along the width",
+        "n1c4d40h4w4k16f35x1x1": "at most 32 taps",
+        "n1c8d2h4w9k16f1x1x9p0x0x4": "at most 32 values, got 72",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            conv3d.forward(
+                ConvProblem.parse(text), Config.parse("rows 16x16x32 w4 s2 g8 k1"), "half", True, True
+            )
+    where = configs.machine(torch.device("cpu"))
+    stem = ConvProblem.parse("n1c3d4h12w12k45f3x7x7s1x2x2p1x3x3+relu")
+    assert configs.default(stem, torch.bfloat16, "half", where).kernel == "rows"
+    dilated = dataclasses.replace(stem, dilation=(1, 1, 2))
+    assert configs.default(dilated, torch.bfloat16, "half", where).kernel == "packed"
 
 
 @pytest.mark.parametrize("config", ["tiled 16x16x16 w4 s3 g8 k1", "packed 16x16x16 w4 s2 g8 k1"])
@@ -358,13 +379,67 @@ def test_weight_gradient_in_parts() -> None:
     p = ConvProblem.parse("n2c5d3h12w12k6f1x3x3p0x1x1")
     t = p.tensors()
     dy = torch.randn(p.out_shape).contiguous(memory_format=torch.channels_last_3d)
-    run = conv3d.weight_grad(p, "ieee", 108)
+    where = configs.machine(t.x.device)
+    run = conv3d.weight_grad(p, configs.weight_grads(p, t.x.dtype, "ieee", where)[0], "ieee")
     assert run.parts > 2
     dw = run(t.x, dy)
     weight = t.weight.double().requires_grad_()
     torch.nn.functional.conv3d(t.x.double(), weight, padding=p.padding).backward(dy.double())
     assert_keeps_promise(dw, weight.grad)
     assert torch.equal(dw, run(t.x, dy))
+
+
+def check_gradient_tile(what: str, p: ConvProblem, config: Config, precision: str) -> None:
+    t = p.tensors(torch.bfloat16 if precision == "half" else torch.float32)
+    dy = torch.randn(p.out_shape).to(t.x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    leaves = [t.x.double().requires_grad_(), t.weight.double().requires_grad_()]
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    torch.nn.functional.conv3d(*leaves, None, *geometry).backward(dy.double())
+    if what == "input":
+        ours, exact = conv3d.input_grad(p, config, precision)(dy, t.weight), leaves[0].grad
+    else:
+        ours, exact = conv3d.weight_grad(p, config, precision)(t.x, dy), leaves[1].grad
+    assert_keeps_promise(ours, exact, magnitude=exact.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
+def test_every_shipped_tile_of_a_gradient(precision: str) -> None:
+    inputs = {
+        "wide": "n1c136d2h5w7k72f1x1x2p0x0x1",
+        "narrow": "n1c24d2h9w9k40f1x1x3s1x1x2p0x0x1",
+        "late": "n1c40d2h5w7k72f1x2x1p0x1x0",
+        "odd": "n1c40d2h5w7k45f1",
+    }
+    weights = {True: "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", False: "n1c72d2h6w7k72f1x1x2p0x0x1"}
+    for what, problems, shipped in (
+        ("input", inputs, configs.shipped_input_grads),
+        ("weight", weights, configs.shipped_weight_grads),
+    ):
+        for name, text in problems.items():
+            for config in shipped(precision, name, 90):
+                check_gradient_tile(what, ConvProblem.parse(text), config, precision)
+
+
+def test_gradients_in_parts() -> None:
+    """Splits that do not divide the steps, groups, tails of every axis."""
+    for text, split in (("n1c20d2h4w5k40f3x1x2p1x0x1", 5), ("n2c12d2h3w5k40f1x3x2p0x1x1l1x1x2g2", 2)):
+        p = ConvProblem.parse(text)
+        check_gradient_tile("input", p, Config.parse(f"tiled 32x16x16 w4 s2 g2 k{split}"), "ieee")
+        check_gradient_tile("weight", p, Config.parse(f"pixels 16x16x32 w4 s2 g8 k{split}"), "ieee")
+    strided = ConvProblem.parse("n1c16d2h5w5k40f3s2p1")
+    with pytest.raises(ValueError, match=r"config: the sum of tiled .* k2 is split"):
+        conv3d.input_grad(strided, Config.parse("tiled 16x16x16 w4 s2 g2 k2"), "ieee")
+
+
+def test_a_late_input_gradient_is_split() -> None:
+    where = configs.Machine(90, 132, configs._SHARED[90])
+    late = configs.input_grads(ConvProblem.parse("n1c512d2h7w7k512f3p1"), torch.bfloat16, "half", where)
+    assert late[0].split == 8
+    assert dataclasses.replace(late[0], split=1) in late
+    strided = configs.input_grads(
+        ConvProblem.parse("n1c256d4h14w14k512f3s2p1"), torch.bfloat16, "half", where
+    )
+    assert {c.split for c in strided} == {1}
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -590,6 +665,21 @@ def test_wrong_input(case: str) -> None:
     valid = {"x": torch.zeros(2, 4, 3, 5, 5), "weight": torch.zeros(6, 4, 3, 3, 3), "padding": 1}
     with pytest.raises(error, match=message):
         conv3d.conv3d(**{**valid, **change})
+
+
+@pytest.mark.parametrize(
+    "case", sorted(set(WRONG) - {"dtype", "scale", "dtype of bias", "gradient of scale"})
+)
+def test_wrong_input_is_refused_in_the_words_of_the_other_kernels(case: str) -> None:
+    """All but what only this operation has."""
+    change, error, _ = WRONG[case]
+    valid = {"x": torch.zeros(2, 4, 3, 5, 5), "weight": torch.zeros(6, 4, 3, 3, 3), "padding": 1} | change
+    statistics = (torch.zeros(6), torch.ones(6), None, None, 1e-5)
+    with pytest.raises(error) as ours:
+        conv3d.conv3d(**valid)
+    with pytest.raises(error) as theirs:
+        ops.conv3d_bn_act(valid.pop("x"), valid.pop("weight"), *statistics, **valid)
+    assert str(ours.value) == str(theirs.value)
 
 
 def test_wrong_gradients() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 CACHES = (
     *(conv3d.forward, conv3d.input_grad, conv3d.weight_grad),
-    *(norm._forward, norm._backward_of, pool._max_pool_launch, pool._average_launch),
+    *(norm._forward, norm._backward_of, pool._max_pool_launch, pool._average_launch, pool._linear_launch),
 )
 
 
@@ -68,6 +69,7 @@ CALLS = {
     "tiled": (1, lambda: forward("n1c32d2h4w4k32f3p1+res+relu", "tiled 16x16x16 w4 s2 g8 k1")),
     "parts": (2, lambda: forward("n1c32d2h4w4k32f3p1+relu", "tiled 16x16x16 w4 s2 g8 k4")),
     "packed": (1, lambda: forward("n1c3d2h4w4k32f3p1+relu", "packed 16x16x16 w4 s2 g8 k1")),
+    "rows": (3, lambda: forward("n1c3d2h4w4k32f3p1+relu", "rows 16x16x16 w4 s2 g8 k1")),  # two of them pad
     "boxes": (1, lambda: forward("n1c32d2h4w8k32f3p1+res", "boxes 32x32x32 w4 s2 g8 k1")),
     "functional": (1, lambda: lambda: conv3d.conv3d(X, WEIGHT, stride=2, padding=1)),
     "input gradient": (
@@ -82,6 +84,7 @@ CALLS = {
     "norm's gradient": (3, backward_of_norm),
     "max-pool": (1, lambda: lambda: pool.max_pool3d(X, 3, 2, 1)),
     "average": (1, lambda: lambda: pool.global_avg_pool3d(X)),
+    "head": (2, lambda: lambda: pool.avg_pool_linear(X, X[0, :, 0, 0, :].t(), None)),
 }
 
 
@@ -111,6 +114,36 @@ def test_a_second_launch_is_the_first_without_triton(name: str, driver, monkeypa
         assert before[:2] == after[:2]
         assert [described(a) for a in before[3]] == [described(a) for a in after[3]]
         assert len(after[3]) == len(before[3])
+
+
+def test_the_compiler_sees_the_kernels_of_pools(driver) -> None:
+    """`triton_op`: kernels in the graph, which write their output and nothing else, for sizes that may be symbolic."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object):
+        graphs.append(graph)
+        return graph.forward
+
+    def f(x, weight, bias):
+        y = pool.max_pool3d(x * 2, 3, 2, 1)
+        return pool.avg_pool_linear(y, weight, bias), pool.global_avg_pool3d(y)
+
+    for shapes in (((3, 64, 4, 8, 10),), ((3, 64, 4, 8, 10), (2, 64, 5, 7, 9))):
+        torch._dynamo.reset()
+        graphs.clear()
+        dynamic = len(shapes) > 1
+        compiled = torch.compile(f, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=dynamic)
+        for shape in shapes:
+            driver.launched.clear()
+            logits, means = compiled(torch.randn(shape), torch.randn(7, 64), torch.randn(7))
+            assert (logits.shape, means.shape) == ((shape[0], 7), shape[:2])
+            assert [x[0] for x in driver.launched] == ["_max_pool", "_average", "_linear", "_average"]
+        (graph,) = graphs
+        seen = [n for n in graph.graph.nodes if n.op == "call_function"]
+        shown = [n for n in seen if "triton_kernel_wrapper" in str(n.target)]
+        assert len(shown) == 4
+        assert all(n.kwargs["tensors_to_clone"] == ["y_ptr"] for n in shown)
+        assert not any("r3d_kernels" in str(n.target) for n in seen), "no operation is left around them"
 
 
 def test_another_address_or_dtype_is_compiled_again(driver) -> None:

@@ -12,11 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu_report
+import gpu_triton
+from numerics import relative_error
 
 import r3d_kernels as r3d
 from r3d_kernels import backends
 from r3d_kernels.problems import ConvProblem
-from r3d_kernels.triton import launch
+from r3d_kernels.triton import launch, norm
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -33,7 +35,7 @@ def test_the_check_passes() -> None:
 def test_a_wrong_gradient_is_found(monkeypatch) -> None:
     right = launch.InputGrad.__call__
     monkeypatch.setattr(launch.InputGrad, "__call__", lambda self, dy, weight: right(self, dy, weight) * 1.05)
-    with pytest.raises(gpu_report.Failed, match=r"3 of .* cases are wrong, first .*input gradient"):
+    with pytest.raises(gpu_report.Failed, match=r"6 of .* cases are wrong, first .*input gradient"):
         gpu_report.check_triton(device="cpu", problems=SMALL[1:])
 
 
@@ -46,6 +48,61 @@ def test_the_plan_has_the_sections() -> None:
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
     # what decides whether the numbers mean anything comes before them
     assert names.index("Triton against float64") < names.index("Triton: r3d_18 bf16 batch 32")
+
+
+def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_triton, "NORMS", ((2, 5, 2, 3, 5),))
+    monkeypatch.setattr(gpu_triton, "CHANNELS", (5,))
+    monkeypatch.setattr(gpu_triton, "WINDOWS", gpu_triton.WINDOWS[1:])
+    data = gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
+    assert data["cases"] == 3 * (7 + 2 + 2)
+    right = norm._input_gradient
+
+    class Wrong:
+        arg_names = right.arg_names
+
+        def __getitem__(self, grid):
+            def run(*operands, **meta):
+                right[grid](*operands, **meta)
+                operands[6].mul_(1.05)  # dx
+
+            return run
+
+    monkeypatch.setattr(norm, "_input_gradient", Wrong())
+    norm._backward_of.cache_clear()
+    with pytest.raises(gpu_report.Failed, match=r"3 of .* cases are wrong, first .*norm's dx"):
+        gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
+    norm._backward_of.cache_clear()
+
+
+def test_gradients_beside_cudnn() -> None:
+    def timer(calls, rounds: int) -> dict[str, float]:
+        results = {name: call() for name, call in calls.items()}
+        assert relative_error(results["triton"], results["stock"].double()) < 1e-5
+        return {"triton": 2e-3, "stock": 3e-3}
+
+    problems = [(ConvProblem.parse(SMALL[1]), 2)]
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        data = gpu_triton.gradient_speed(gpu_report, problems, "fp32", device="cpu", timer=timer)
+    (row,) = data["gradients"]
+    assert (row["problem"], row["count"]) == (str(problems[0][0]), 2)
+    for which in ("input", "weight"):
+        assert row[which] == {"ms": {"triton": 2.0, "stock": 3.0}, "triton_is_faster_than_cudnn": 1.5}
+
+
+def test_pools_through_each_backend() -> None:
+    def timer(calls, rounds: int) -> dict[str, float]:
+        results = [call() for call in calls.values()]
+        assert all(torch.allclose(r.float(), results[0].float(), atol=0.05) for r in results)
+        return dict.fromkeys(calls, 1e-6)
+
+    data = gpu_triton.pool_speed(
+        gpu_report, "cpu", timer, {"a stem": ((1, 4, 2, 5, 5), (3, 2, 1))}, ((1, 6, 1, 2, 2), 3)
+    )
+    assert [(r["what"], r["dtype"]) for r in data["pools"]] == [
+        (what, dtype) for dtype in ("bfloat16", "float32") for what in ("max-pool of a stem", "head")
+    ]
+    assert all(set(r["us"]) == {"cuda", "triton", "torch", "auto"} for r in data["pools"])
 
 
 def layers(left: float, problems=SMALL, template=None) -> tuple[dict, list[set[str]]]:

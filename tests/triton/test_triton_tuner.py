@@ -109,7 +109,7 @@ def test_right_results_agree_with_the_reference(dtype: torch.dtype) -> None:
 def test_untuned_calls_take_the_default(monkeypatch) -> None:
     monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured"))
     where = config.machine(torch.device("cpu"))
-    chosen, final = tuner.config_for(P, "ieee", launch, operands())
+    chosen, final = tuner.config_for(tuner.FORWARD, P, "ieee", launch, operands())
     assert chosen == config.default(P, torch.float32, "ieee", where)
     assert final
 
@@ -125,7 +125,7 @@ def test_measured_once_and_remembered(monkeypatch, tmp_path) -> None:
         return next(times)
 
     monkeypatch.setattr(tuner, "gpu_seconds", measure)
-    arguments = (P, "ieee", launch, operands(), SMALL, "a machine", "a layer")
+    arguments = (tuner.FORWARD, P, "ieee", launch, operands(), SMALL, "a machine", "a layer")
     assert tuner._measured(*arguments) == SMALL[1]
     monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())  # a new process
     monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured again"))
@@ -140,7 +140,9 @@ def test_what_cannot_be_compared_is_not_remembered(monkeypatch, tmp_path) -> Non
     monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())
     x, *others = operands()
     x[0, 0, 0, 0, 0] = float("nan")
-    assert tuner._measured(P, "ieee", launch, (x, *others), SMALL, "a machine", "a layer") is None
+    assert (
+        tuner._measured(tuner.FORWARD, P, "ieee", launch, (x, *others), SMALL, "a machine", "a layer") is None
+    )
     assert tuning.shared.get("a machine", "a layer") is None
 
 
@@ -244,11 +246,11 @@ def test_the_fastest_right_configuration_is_remembered_on_disk(as_on_gpu, monkey
     times, measured = as_on_gpu
     times += [3.0, 2.0]
     make = spoiled(SMALL[1], one_element)
-    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    assert tuner.config_for(tuner.FORWARD, P, "ieee", make, operands()) == (SMALL[2], True)
     assert measured == [3.0, 2.0]
-    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    assert tuner.config_for(tuner.FORWARD, P, "ieee", make, operands()) == (SMALL[2], True)
     new_process(monkeypatch)
-    assert tuner.config_for(P, "ieee", make, operands()) == (SMALL[2], True)
+    assert tuner.config_for(tuner.FORWARD, P, "ieee", make, operands()) == (SMALL[2], True)
     assert measured == [3.0, 2.0], "measured once"
     text = (tmp_path / "tuning-v1.json").read_text()
     assert str(SMALL[2]) in text
@@ -262,7 +264,7 @@ def test_what_the_cache_names_must_be_a_candidate(as_on_gpu, monkeypatch) -> Non
     times += [3.0, 1.0, 2.0]
     place = tuner._machine(torch.device("cpu")), f"triton {P} float32 ieee"
     tuning.shared.put(*place, "tiled 16x32x16 w8 s2 g8 k1", {"tiled 16x32x16 w8 s2 g8 k1": 0.1})
-    assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[1], True)
+    assert tuner.config_for(tuner.FORWARD, P, "ieee", launch, operands()) == (SMALL[1], True)
     assert len(measured) == 3
 
 
@@ -271,16 +273,18 @@ def test_nothing_is_measured_during_capture_and_later_it_is(as_on_gpu, monkeypat
     times += [3.0, 1.0, 2.0]
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[0], False)
+        assert tuner.config_for(tuner.FORWARD, P, "ieee", launch, operands()) == (SMALL[0], False)
     assert measured == []
-    assert tuner.config_for(P, "ieee", launch, operands()) == (SMALL[1], True)
+    assert tuner.config_for(tuner.FORWARD, P, "ieee", launch, operands()) == (SMALL[1], True)
 
 
 def test_data_that_cannot_be_compared_ends_in_the_default(as_on_gpu, caplog) -> None:
     _, measured = as_on_gpu
     x, *others = operands()
     x[0, 0, 0, 0, 0] = float("inf")
-    finals = [tuner.config_for(P, "ieee", launch, (x, *others)) for _ in range(tuner._TRIES + 1)]
+    finals = [
+        tuner.config_for(tuner.FORWARD, P, "ieee", launch, (x, *others)) for _ in range(tuner._TRIES + 1)
+    ]
     assert finals == [(SMALL[0], False)] * (tuner._TRIES - 1) + [(SMALL[0], True)] * 2
     assert measured == []
     assert caplog.text.count("not measured") == 1
@@ -328,6 +332,164 @@ def test_a_known_call_is_known_by_all_of_its_arguments() -> None:
         conv3d.conv3d(x, weight, scale[1:], bias, residual, **geometry)
 
 
+# ---- gradients ----
+
+G = ConvProblem.parse("n2c16d2h3w4k20f1x1x3s1x1x2p0x0x1")
+PARTS = [Config.parse(f"pixels {m}x16x16 w4 s2 g8 k{k}") for m, k in ((16, 1), (16, 2), (32, 1))]
+GRADIENTS = {"input gradient": (tuner.INPUT_GRAD, SMALL), "weight gradient": (tuner.WEIGHT_GRAD, PARTS)}
+gradients = pytest.mark.parametrize("what", GRADIENTS)
+
+
+@pytest.fixture
+def gradients_as_on_gpu(as_on_gpu, monkeypatch):
+    monkeypatch.setattr(tuner.configs, "input_grads", lambda *a: SMALL)
+    monkeypatch.setattr(tuner.configs, "weight_grads", lambda *a: PARTS)
+    monkeypatch.setattr(conv3d, "_known", {})
+    return as_on_gpu
+
+
+def gradient(what: str, dy_scale: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the operation returns and what it should."""
+    t = G.tensors(torch.float32, seed=seed)
+    dy = torch.randn(G.out_shape, generator=torch.Generator().manual_seed(seed)) * dy_scale
+    geometry = {"stride": G.stride, "padding": G.padding}
+    if what == "input gradient":
+        ours = conv3d.conv3d_input_grad(dy, t.weight, G.in_shape, **geometry)
+        return ours, tuner.torch_input_grad(G, dy.double(), t.weight.double())
+    ours = conv3d.conv3d_weight_grad(t.x, dy, G.weight_shape, **geometry)
+    return ours, tuner.torch_weight_grad(G, t.x.double(), dy.double())
+
+
+def spoil(monkeypatch, what: str, which: list[Config], how) -> None:
+    name = what.replace("gradient", "grad").replace(" ", "_")
+    real = getattr(conv3d, name)
+
+    def make(problem, config, precision):
+        run = real(problem, config, precision)
+        return (lambda *tensors: how(run(*tensors))) if config in which else run
+
+    monkeypatch.setattr(conv3d, name, make)
+
+
+@gradients
+def test_gradients_are_tuned_and_remembered(what, gradients_as_on_gpu, monkeypatch, tmp_path) -> None:
+    """The fastest that is right; the cache on disk is the one of all others; a known call asks nothing."""
+    times, measured = gradients_as_on_gpu
+    times += [3.0, 1.0]
+    _, able = GRADIENTS[what]
+    spoil(monkeypatch, what, able[2:], one_element)  # the last is wrong and never timed
+    for _ in range(2):  # the second finds it on disk
+        ours, exact = gradient(what)
+        assert (ours.double() - exact).norm() <= 1e-6 * exact.norm()
+        assert measured == [3.0, 1.0], "measured once"
+        with monkeypatch.context() as patch:
+            patch.setattr(tuner, "config_for", lambda *a: pytest.fail("chosen again"))
+            assert torch.equal(gradient(what)[0], ours)
+        new_process(monkeypatch)
+        conv3d._known.clear()
+    text = (tmp_path / "tuning-v1.json").read_text()
+    assert f"triton {what} {G}".removesuffix("+relu") in text
+    assert str(able[1]) in text
+    assert str(able[2]) not in text
+
+
+@gradients
+@pytest.mark.parametrize("dy_scale", [0.0, float("inf")])
+def test_gradients_that_tell_nothing_are_measured_on_random_numbers(
+    what, dy_scale, gradients_as_on_gpu, monkeypatch
+) -> None:
+    """A norm that starts at zero, a loss scale that is too large: the wrong configuration is found all the same."""
+    times, measured = gradients_as_on_gpu
+    times += [3.0, 1.0]
+    _, able = GRADIENTS[what]
+    spoil(monkeypatch, what, able[:1], torch.zeros_like)
+    state = torch.get_rng_state()
+    gradient(what, dy_scale)
+    assert torch.equal(torch.get_rng_state(), state), "the user's random numbers stay what they are"
+    assert measured == [3.0, 1.0]
+    assert list(tuner._known.values()) == [able[2]]
+
+
+@gradients
+def test_where_no_gradient_of_ours_is_right_torch_computes_it(
+    what, gradients_as_on_gpu, monkeypatch, caplog
+) -> None:
+    _, able = GRADIENTS[what]
+    spoil(monkeypatch, what, able, one_element)
+    for _ in range(2):
+        ours, exact = gradient(what)
+        assert (ours.double() - exact).norm() <= 1e-6 * exact.norm()
+        assert ours.is_contiguous(memory_format=torch.channels_last_3d)
+    assert caplog.text.count(f"torch's own {what} is used: no Triton configuration works here") == 1
+
+
+@gradients
+def test_no_memory_to_measure_is_no_error(what, gradients_as_on_gpu, monkeypatch) -> None:
+    _, able = GRADIENTS[what]
+    times, measured = gradients_as_on_gpu
+    times += [3.0, 1.0, 2.0]
+
+    def full(run) -> float:
+        raise torch.cuda.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "gpu_seconds", full)
+        ours, exact = gradient(what)
+    assert (ours.double() - exact).norm() <= 1e-6 * exact.norm()
+    assert not conv3d._known, "nothing is kept of a choice that is none"
+    gradient(what)
+    assert list(tuner._known.values()) == [able[1]]
+    assert len(measured) == 3
+
+
+def test_an_impossible_gradient_is_still_the_callers_error(gradients_as_on_gpu) -> None:
+    with pytest.raises(ValueError, match="kernel_size: expected at most 32 taps"):
+        conv3d.conv3d_input_grad(torch.zeros(1, 6, 1, 1, 8), torch.zeros(6, 4, 1, 1, 33), (1, 4, 1, 1, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_right_gradients_agree_with_the_reference(dtype: torch.dtype) -> None:
+    """On real configurations, with more pixels than a tile."""
+    p = ConvProblem.parse("n3c24d1h9w8k20f1x1x3p0x0x1")
+    t = p.tensors(dtype)
+    dy = torch.randn(p.out_shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    where, precision = config.machine(t.x.device), config.precision_of(dtype)
+    for task, make, tensors in (
+        (tuner.INPUT_GRAD, conv3d.input_grad, (dy, t.weight)),
+        (tuner.WEIGHT_GRAD, conv3d.weight_grad, (t.x, dy)),
+    ):
+        expected = task.reference(p, tensors)
+        for wanted in task.candidates(p, dtype, precision, where):
+            y = make(p, wanted, precision)(*tensors)
+            assert tuner.disagreement(y, expected, precision) is None
+            assert "are wrong" in tuner.disagreement(one_element(y), expected, precision)
+
+
+def test_the_space_of_gradients_is_small_and_fits() -> None:
+    texts = (
+        "n8c128d8h28w28k256f3p1",
+        "n8c64d16h56w56k128f3s2p1",
+        "n1c512d2h7w7k512f3p1",
+        "n8c3d16h112w112k64f3x7x7s1x2x2p1x3x3",
+        "n8c230d8h28w28k45f3x1x1p1x0x0",
+        "n0c64d4h7w7k64f3p1",
+    )
+    for arch in (80, 86, 90, 100, 120):
+        where = config.Machine(arch, 132, config._SHARED.get(arch, 101376))
+        for text in texts:
+            p = ConvProblem.parse(text)
+            for dtype, precision in (
+                (torch.bfloat16, "half"),
+                (torch.float32, "tf32"),
+                (torch.float32, "ieee"),
+            ):
+                for make in (config.input_grads, config.weight_grads):
+                    able = make(p, dtype, precision, where)
+                    assert 1 <= len(able) <= 8, "the first use of a layer would take too long"
+                    assert len(set(able)) == len(able)
+                    assert all(c.shared(dtype.itemsize) <= where.shared for c in able)
+
+
 def test_the_space_is_pruned_by_class() -> None:
     """Few configurations for each class, none of a class that wants other tiles, and all of them within the machine."""
     where = config.Machine(90, 132, config._SHARED[90])
@@ -336,7 +498,7 @@ def test_the_space_is_pruned_by_class() -> None:
     narrow = ConvProblem.parse("n8c64d16h56w56k64f3p1+relu")
     late = ConvProblem.parse("n1c512d2h7w7k512f3p1+relu")
     found = {p: config.candidates(p, torch.bfloat16, "half", where) for p in (stem, wide, narrow, late)}
-    assert {c.kernel for c in found[stem]} == {"packed"}
+    assert [c.kernel for c in found[stem]] == ["rows"] * 3 + ["packed"] * 2
     assert max(c.bn for c in found[narrow]) == 64
     assert min(c.bn for c in found[wide][:2]) == 128
     assert any(c.split > 1 for c in found[late])

@@ -1,0 +1,209 @@
+"""Triton's gradients, training norm and pools in the GPU report: awkward geometries, then speed.
+
+The layers of `gpu_report.py` have what an inference needs; this is the rest of `r3d_kernels/triton`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r3d_kernels.problems import ConvProblem
+
+__all__ = ["sections"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NORMS = ((2, 65, 3, 9, 11), (1, 7, 2, 3, 5), (4, 64, 8, 28, 28), (2, 512, 2, 7, 7))
+WINDOWS = ((3, 2, 1), ((1, 3, 3), (1, 2, 2), (0, 1, 1)), ((2, 3, 4), (3, 1, 2), (1, 1, 2)))
+CHANNELS = (64, 45, 8, 3)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_norm(shape: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[tuple[str, float]]:
+    """(what, relative L2 error) of y and of every gradient against float64."""
+    from r3d_kernels.triton import norm
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    x, residual, dy = (normal(*shape).to(dtype) for _ in range(3))
+    leaves = [(3 * x + 20).requires_grad_(), normal(shape[1]) + 2, normal(shape[1]), residual]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y, mean, var = norm.batch_norm_act(*leaves)
+    grads = torch.autograd.grad(y, leaves, dy)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = F.batch_norm(wide[0], None, None, wide[1], wide[2], True) + wide[3]
+    # by the mask of our own y: rounding moves the edge of the ReLU
+    exact_grads = torch.autograd.grad(torch.where(y > 0, exact, 0), wide, dy.double())
+    pixels = wide[0].transpose(0, 1).flatten(1)
+    for what, got, want in (
+        ("norm", y, exact.relu()),
+        ("mean", mean, pixels.mean(1)),
+        ("variance", var, pixels.var(1, unbiased=False)),
+        *zip(
+            ("norm's dx", "norm's dgamma", "norm's dbeta", "norm's dresidual"),
+            grads,
+            exact_grads,
+            strict=True,
+        ),
+    ):
+        # a gradient may be the small difference of large terms
+        size = max(float(want.norm()), float(dy.double().norm()) if what.startswith("norm's") else 0.0)
+        yield what, float((got.double() - want).norm()) / max(size, 1e-30)
+
+
+def check_norm_and_pools(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+    """Training norm and its gradients, max-pool bit for bit as torch's with NaN, average and head, against float64."""
+    report.require_triton()
+    from r3d_kernels.triton import pool
+
+    rows: list[dict[str, Any]] = []
+
+    def note(dtype: torch.dtype, what: str, about: object, error: float) -> None:
+        allowed = report.FP32_PROMISE if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        rows.append(
+            {"dtype": _name(dtype), "what": what, "about": str(about), "error": error, "allowed": allowed}
+        )
+
+    for dtype in DTYPES:
+        for shape in NORMS:
+            for what, error in _check_norm(shape, dtype, device):
+                note(dtype, what, shape, error)
+        for channels in CHANNELS:
+            x = torch.randn(2, channels, 5, 9, 8)
+            x.view(-1)[:: 3 * channels] = float("nan")
+            x = x.to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+            for window in WINDOWS:
+                y, want = pool.max_pool3d(x, *window), F.max_pool3d(x.float(), *window).to(dtype)
+                same = torch.equal(y.nan_to_num(-7.0), want.nan_to_num(-7.0))
+                note(dtype, "max-pool", (channels, window), 0.0 if same else 1.0)
+            x = x.nan_to_num(1.0)
+            weight, bias = (torch.randn(*s, device=device).to(dtype) for s in ((19, channels), (19,)))
+            mean = x.double().mean((2, 3, 4))
+            for what, y, want in (
+                ("average", pool.global_avg_pool3d(x), mean),
+                (
+                    "head",
+                    pool.avg_pool_linear(x, weight, bias),
+                    F.linear(mean, weight.double(), bias.double()),
+                ),
+            ):
+                note(dtype, what, channels, float((y.double() - want).norm() / want.norm()))
+    bad = [row for row in rows if not row["error"] <= row["allowed"]]
+    if bad:
+        raise report.Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "largest_error": report._largest(rows)}
+
+
+def gradient_speed(
+    report: ModuleType,
+    problems: Sequence[tuple[ConvProblem, int]] | None = None,
+    dtype_name: str = "bf16",
+    device: str = "cuda",
+    timer: Callable[..., dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Each layer's two gradients: ours as the tuner chose them, and cuDNN's. `problems`: with how often they occur."""
+    report.require_triton()
+    from r3d_kernels.triton import conv3d
+
+    problems = report.network_layers("r3d_18", 8) if problems is None else problems
+    timer = timer or report.gpu_seconds
+    dtype, rows = measure.DTYPES[dtype_name], []
+    for p, count in problems:
+        t = p.tensors(dtype, device=device)
+        dy = (
+            torch.randn(p.out_shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        )
+        geometry = (p.stride, p.padding, p.dilation, p.groups)
+        names = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+
+        def stock(which: int, t=t, dy=dy, geometry=geometry) -> Tensor:
+            *steps, groups = geometry
+            mask = [which == 0, which == 1, False]
+            return torch.ops.aten.convolution_backward(
+                dy, t.x, t.weight, None, *steps, False, [0, 0, 0], groups, mask
+            )[which]
+
+        ours = {
+            "input": functools.partial(conv3d.conv3d_input_grad, dy, t.weight, p.in_shape, **names),
+            "weight": functools.partial(conv3d.conv3d_weight_grad, t.x, dy, p.weight_shape, **names),
+        }
+        row: dict[str, Any] = {"problem": str(p), "count": count}
+        for which, (name, call) in enumerate(ours.items()):
+            call()  # the tuner measures here
+            seconds = timer({"triton": call, "stock": functools.partial(stock, which)}, rounds=9)
+            row[name] = {
+                "ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
+                "triton_is_faster_than_cudnn": round(seconds["stock"] / seconds["triton"], 3),
+            }
+        rows.append(row)
+    return {"dtype": dtype_name, "gradients": rows}
+
+
+POOLS = {
+    "hara's stem": ((8, 64, 16, 56, 56), (3, 2, 1)),
+    "seed18's stem": ((8, 64, 8, 56, 56), ((1, 3, 3), (1, 2, 2), (0, 1, 1))),
+}
+HEAD = ((8, 512, 2, 7, 7), 400)
+
+
+def pool_speed(
+    report: ModuleType,
+    device: str = "cuda",
+    timer: Callable[..., dict[str, float]] | None = None,
+    pools: dict[str, Any] = POOLS,
+    head: Any = HEAD,
+) -> dict[str, Any]:
+    """Max-pool and head through each backend that has them, and what "auto" makes of it."""
+    report.require_triton()
+    from r3d_kernels import backend, ops
+
+    timer, rows = timer or report.gpu_seconds, []
+    for dtype in (torch.bfloat16, torch.float32):
+
+        def through(name: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                with torch.no_grad(), backend(name):
+                    return call()
+
+            return run
+
+        calls: dict[str, Callable[[], Tensor]] = {}
+        for what, (shape, window) in pools.items():
+            x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+            calls[f"max-pool of {what}"] = functools.partial(ops.max_pool3d, x, *window)
+        shape, classes = head
+        x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        weight = torch.randn(classes, shape[1], device=device).to(dtype)
+        calls["head"] = functools.partial(ops.avg_pool_linear, x, weight)
+        for what, call in calls.items():
+            engines = {name: through(name, call) for name in ("cuda", "triton", "torch", "auto")}
+            seconds = timer(engines, rounds=9)
+            us = {name: round(1e6 * s, 2) for name, s in seconds.items()}
+            rows.append({"what": what, "dtype": _name(dtype), "us": us})
+    return {"pools": rows}
+
+
+def sections(report: ModuleType) -> list[Any]:
+    """What gpu_report runs; `report` is that module, under whatever name it was started."""
+
+    def section(title: str, run: Any, needs: float) -> Any:
+        return report.Section(title, functools.partial(run, report), needs)
+
+    return [
+        section("Triton: norm and pools against float64", check_norm_and_pools, 20),
+        section("Triton: gradients of r3d_18 bf16 batch 8", gradient_speed, 60),
+        section("Triton: pools", pool_speed, 10),
+    ]
