@@ -20,10 +20,17 @@ except ImportError as e:
 has_cuda = error is None and hasattr(torch.ops.r3d_kernels, "conv3d_sm80")  # compiled with nvcc
 
 
-@cache
+def _is_capable(index: int | None) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(index).major >= 8
+
+
+_remembered = cache(_is_capable)
+
+
 def capable(index: int | None) -> bool:
     """Whether CUDA device `index` is there and has compute capability 8.0, for which the kernels are compiled."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
+    # Dynamo would warn that it traces through a cache.
+    return (_is_capable if torch.compiler.is_compiling() else _remembered)(index)
 
 
 @cache
@@ -34,14 +41,14 @@ def multiprocessors(index: int | None) -> int:
 
 def runs_cuda(x: torch.Tensor) -> bool:
     """Whether our CUDA kernels can read x."""
-    return has_cuda and x.is_cuda and capable(x.device.index)
+    return has_cuda and x.device.type == "cuda" and capable(x.device.index)
 
 
 def takes(x: torch.Tensor) -> bool:
     """Whether our pooling and head kernels take x: float32 and bfloat16, on a GPU float16 too."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return x.dtype == torch.float16 and runs_cuda(x)
-    return error is None and (x.is_cpu or runs_cuda(x))
+    return error is None and (x.device.type == "cpu" or runs_cuda(x))
 
 
 def require() -> None:

@@ -1,7 +1,8 @@
 """What a fused layer keeps besides its parameters: packed weights and the kernel chosen for each input shape.
 
 All of it is derived, so none of it is copied, pickled or saved: it is made again from the parameters when it is needed,
-and whenever they have changed.
+and whenever they have changed. It lies beside the convolution that is called as a module; the functional form and
+graphs of torch.compile, which know tensors only, find theirs by the weight.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from r3d_kernels import _check, _cpu, _extension, _fork, backends
 from r3d_kernels.problems import ConvProblem
@@ -19,7 +21,7 @@ from r3d_kernels.problems import ConvProblem
 if TYPE_CHECKING:
     from r3d_kernels.ops.clip import ClipSource
 
-__all__ = ["LayerState", "layer_packs", "layer_plans", "state_of"]
+__all__ = ["LayerState", "layer_packs", "layer_plans", "state_of", "state_of_weight"]
 
 logger = logging.getLogger("r3d_kernels")
 
@@ -228,15 +230,33 @@ def state_of(conv: nn.Module) -> LayerState:
     return state
 
 
+_states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
+
+
+def state_of_weight(weight: Tensor) -> LayerState:
+    """The state kept for a weight, whoever it belongs to."""
+    state = _states.get(weight)
+    return _states.setdefault(weight, LayerState()) if state is None else state
+
+
+def _states_of(module: nn.Module) -> Iterator[LayerState]:
+    """All that is kept for a module, by itself and by its weight; nothing where no fused layer has run it."""
+    weight = module._parameters.get("weight")
+    for state in (module.__dict__.get(_ATTRIBUTE), None if weight is None else _states.get(weight)):
+        if isinstance(state, LayerState):
+            yield state
+
+
 def layer_plans(module: nn.Module) -> Iterator[tuple[backends.Request, backends.Choice]]:
     """(request, choice) of a module that a fused layer has run; nothing for any other."""
-    state = module.__dict__.get(_ATTRIBUTE)
-    if isinstance(state, LayerState):
-        yield from state.plans()
+    seen = set()  # what has run as a module and in a graph is told once
+    for state in _states_of(module):
+        plans = [(r, c) for r, c in state.plans() if (r, c.kernel.name) not in seen]
+        seen.update((r, c.kernel.name) for r, c in plans)
+        yield from plans
 
 
 def layer_packs(module: nn.Module) -> list[Any]:
     """The packed weights that the module's plans use now: who holds them keeps their memory."""
-    state = module.__dict__.get(_ATTRIBUTE)
-    snapshot = state._snapshot if isinstance(state, LayerState) else None
-    return [] if snapshot is None else [pack for _, pack, _, _ in list(snapshot.plans.values())]
+    snapshots = [state._snapshot for state in _states_of(module)]
+    return [pack for s in snapshots if s is not None for _, pack, _, _ in list(s.plans.values())]

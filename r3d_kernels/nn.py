@@ -13,7 +13,7 @@ from r3d_kernels import _check, _extension
 from r3d_kernels._layer import state_of
 from r3d_kernels.backends import current_backend
 from r3d_kernels.ops.clip import ClipSource, Values, normalized_clip
-from r3d_kernels.ops.conv3d import is_plain, needs_gradient
+from r3d_kernels.ops.conv3d import compiles, in_graph, is_plain, needs_gradient
 from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
 from r3d_kernels.ops.pool import max_pool3d as _max_pool3d
 from r3d_kernels.triton.backend import why_not_here
@@ -52,7 +52,7 @@ def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tenso
     if not is_plain(x, residual, *parameters):
         return "tracing, or tensors without data of their own"
     if needs_gradient(x, residual, *parameters):
-        if not conv.training and not x.requires_grad:
+        if not conv.training and not x.requires_grad and not torch.compiler.is_compiling():
             _warn_once_about_gradients()
         return "a gradient is needed"
     return None
@@ -83,6 +83,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _trains_through_triton(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> bool:
     """Whether batch norm takes the statistics of this batch and backend "triton" is asked for and can do it."""
     if type(bn) is not nn.BatchNorm3d or not (bn.training or bn._buffers["running_mean"] is None):
+        return False
+    if torch.compiler.is_compiling():  # inductor compiles the stock layers, forward and backward
         return False
     if current_backend() != "triton" or type(conv) is not nn.Conv3d:
         return False
@@ -158,9 +160,10 @@ def conv_bn_act(
     """``act(bn(conv(x)) + residual)`` from the modules that own the parameters.
 
     Fused in evaluation mode where no gradient is needed; otherwise (training, gradients, hooks on `conv` or `bn`,
-    padding modes, `torch.compile`, tracing) the modules themselves run. In training, `backend("triton")` runs the
-    Triton convolution and batch norm with their gradients instead. Packed weights follow every change of the
-    parameters and are never saved, copied or pickled.
+    padding modes, `torch.export`, tracing) the modules themselves run. `torch.compile` takes a fused layer as one
+    operator, which runs what an eager call does. In training, `backend("triton")` runs the Triton convolution and batch
+    norm with their gradients instead, but for `torch.compile`. Packed weights follow every change of the parameters and
+    are never saved, copied or pickled.
 
     Args:
         x: [N, C, D, H, W], dtype of the parameters (autocast may change it).
@@ -214,8 +217,9 @@ def _run_fused(
     bn: nn.BatchNorm3d | None,
     activation: str | None,
     residual: Tensor | None,
-    source: ClipSource | None = None,
+    clip: tuple[Values | None, Values | None, torch.dtype] | None = None,
 ) -> Tensor:
+    """x is a raw clip where `clip` says how to take it: its mean, std and the dtype to compute in."""
     weight = conv._parameters["weight"]
     _check.same_device(weight, "conv.weight", x.device)
     norm = None
@@ -229,9 +233,10 @@ def _run_fused(
             bn.eps,
         )
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return state_of(conv).run(
-        x, residual, weight, conv._parameters["bias"], norm, *geometry, activation, source
-    )
+    layer = (x, residual, weight, conv._parameters["bias"], norm, *geometry, activation)
+    if compiles():
+        return in_graph(*layer, clip)
+    return state_of(conv).run(*layer, None if clip is None else ClipSource.of(x, *clip))
 
 
 def clip_conv_bn_act(
@@ -259,7 +264,7 @@ def clip_conv_bn_act(
             dtype = torch.get_autocast_dtype("cuda")
         if dtype in (torch.float32, torch.bfloat16, torch.float16):
             _check.activation(activation)
-            return _run_fused(clip, conv, bn, activation, None, ClipSource.of(clip, mean, std, dtype))
+            return _run_fused(clip, conv, bn, activation, None, (mean, std, dtype))
     return conv_bn_act(normalized_clip(clip, mean, std, dtype), conv, bn, activation=activation, fused=fused)
 
 

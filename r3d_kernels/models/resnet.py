@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from r3d_kernels.graphs import GraphedModel
 from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
 from r3d_kernels.ops.clip import channel_values
+from r3d_kernels.ops.conv3d import is_plain
 
 __all__ = [
     "DEPTHS",
@@ -755,7 +756,7 @@ class _ResNet(nn.Module):
         """Whether the stem takes a clip of one plane a channel as it is: what a GPU's kernel lays out is its own."""
         if not x.is_contiguous():
             return False
-        fused = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        fused = not torch.is_grad_enabled() and is_plain(x)
         return x.device.type == "cpu" or (self.in_channels <= 4 and fused)
 
     def _run_stem(self, x: Tensor) -> Tensor:

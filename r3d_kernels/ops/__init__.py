@@ -1,6 +1,6 @@
 """The fused operations in functional form."""
 
-from r3d_kernels.ops import conv3d_sm80, conv3d_sm90  # noqa: F401 - they register fakes
+from r3d_kernels.ops import conv3d_compiled, conv3d_sm80, conv3d_sm90  # noqa: F401 - they register operators, fakes
 from r3d_kernels.ops.clip import clip_channels_last
 from r3d_kernels.ops.conv3d import (
     conv3d_bn_act,

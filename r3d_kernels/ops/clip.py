@@ -53,7 +53,8 @@ def _scale_and_shift(
     clip: Tensor, mean: Values | None, std: Values | None, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor | None, Tensor | None]:
     """[C] each: (clip - mean) / std = clip * scale + shift."""
-    make = _kept if is_plain(clip) else _tensor  # a fake tensor must not be kept for real clips
+    # A fake tensor must not be kept for real clips.
+    make = _kept if is_plain(clip) and not torch.compiler.is_compiling() else _tensor
     scale = None if std is None else make(tuple(1 / s for s in std), clip.device, dtype)
     if mean is None:
         return scale, None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch._C import _functorch
 
 from r3d_kernels import _check, _extension, reference
-from r3d_kernels._layer import LayerState
+from r3d_kernels._layer import Norm, state_of_weight
 from r3d_kernels.ops._flops import flop_formula
 
 __all__ = [
@@ -24,9 +24,6 @@ __all__ = [
     "conv3d_winograd",
 ]
 
-_states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
-
-
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
@@ -34,18 +31,55 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def compiles() -> bool:
+    """Whether Dynamo traces this call for torch.compile, whose graph takes our operators as they are.
+
+    Not for torch.export: a program has to run without this package, and without what a process remembers of layers.
+    """
+    # The flag itself: in Dynamo's eyes torch 2.11 exports always.
+    return torch.compiler.is_dynamo_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the tensors hold data that a kernel can read: no fake, functional or subclass tensors, no tracing."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether our operators can take the tensors: no fake, functional or subclass tensors, no tracing.
+
+    Under torch.compile they can: Dynamo shows tensors as they will be when its graph runs.
+    """
+    tracing = torch.compiler.is_compiling()
+    if (tracing and not compiles()) or torch.jit.is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap, grad, ...
+    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):  # inside vmap, grad, ...
         return False
     for t in tensors:  # a loop, not all(): half the time, and this runs for every layer
         if t is None:
             continue
-        if type(t) not in _TENSORS or not (t.is_cpu or t.is_cuda) or t.layout is not torch.strided:
+        if type(t) not in _TENSORS or t.layout is not torch.strided:
+            return False
+        # The flags are five times as fast; in a graph each would be a node.
+        if not (t.device.type in ("cpu", "cuda") if tracing else t.is_cpu or t.is_cuda):
             return False
     return True
+
+
+def in_graph(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    norm: Norm | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    clip: tuple[tuple[float, ...] | None, tuple[float, ...] | None, torch.dtype] | None = None,
+) -> Tensor:
+    """`LayerState.run` as one node of the graph that Dynamo traces; `clip` is mean, std and dtype of a `ClipSource`."""
+    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    return torch.ops.r3d_kernels.conv3d_bn_act(
+        x, weight, conv_bias, mean, var, gamma, beta, eps, residual, stride, padding, dilation, groups, activation,
+        *(clip or (None, None, None)),
+    )  # fmt: skip
 
 
 def conv3d_bn_act(
@@ -66,8 +100,9 @@ def conv3d_bn_act(
 ) -> Tensor:
     """``act(batch_norm(conv3d(x, weight)) + residual)`` with the running statistics, fused.
 
-    The packed weights are kept as long as `weight` lives, and follow changes of any of the parameters. Where a gradient
-    is needed, and under `torch.compile`, tracing or `vmap`, the same value is computed by torch's own operators.
+    The packed weights are kept as long as `weight` lives, and follow changes of any of the parameters. `torch.compile`
+    takes it as one operator. Where a gradient is needed, and under `torch.export`, tracing or `vmap`, the same value is
+    computed by torch's own operators.
 
     Args:
         x: [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides; channels_last_3d is the fastest.
@@ -131,11 +166,9 @@ def conv3d_bn_act(
             dilation=geometry[2],
             groups=groups,
         )
-    state = _states.get(weight)
-    if state is None:
-        state = _states.setdefault(weight, LayerState())
     norm = (running_mean, running_var, gamma, beta, float(eps))
-    return state.run(x, residual, weight, None, norm, *geometry, groups, activation)
+    run = in_graph if compiles() else state_of_weight(weight).run
+    return run(x, residual, weight, None, norm, *geometry, groups, activation)
 
 
 def conv3d_pack(
@@ -440,21 +473,23 @@ def conv3d_winograd(
     )
 
 
-def _empty_output(
+def empty_output(
     x: Tensor,
     out_channels: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """What the fakes return; `dtype` is x's by default."""
     size = [
         (i + 2 * p - d * (f - 1) - 1) // s + 1
         for i, f, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
     return torch.empty(
         (x.shape[0], out_channels, *size),
-        dtype=x.dtype,
+        dtype=dtype or x.dtype,
         device=x.device,
         memory_format=torch.channels_last_3d,
     )
@@ -477,7 +512,7 @@ if _extension.error is None:
         tile: Sequence[int],
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+        return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
     @torch.library.register_fake("r3d_kernels::conv3d_direct")
     def _(
@@ -493,7 +528,7 @@ if _extension.error is None:
         kept: Tensor | None = None,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+        return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
     @torch.library.register_fake("r3d_kernels::conv3d_stem")
     def _(
@@ -509,7 +544,7 @@ if _extension.error is None:
         row_tile: int = 1,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
+        return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
 
     @torch.library.register_fake("r3d_kernels::conv3d_winograd")
     def _(
@@ -524,7 +559,7 @@ if _extension.error is None:
         tile: Sequence[int],
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        return _empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
+        return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, (1, 1, 1))
 
     @torch.library.register_fake("r3d_kernels::conv3d_pack")
     def _(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -557,7 +592,7 @@ if _extension.error is None:
         activation: str,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
-        return _empty_output(x, out_channels, kernel_size, stride, padding, dilation)
+        return empty_output(x, out_channels, kernel_size, stride, padding, dilation)
 
     @flop_formula(
         [

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from r3d_kernels import _check, _extension, reference
-from r3d_kernels.backends import describe
 from r3d_kernels.ops.conv3d import is_plain, needs_gradient
 
 __all__ = ["bn_act"]
@@ -47,14 +46,8 @@ def bn_act(
         _check.same_device(residual, "residual", x.device)
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected shape {list(x.shape)}, got {list(residual.shape)}")
-    dtypes = (torch.float32, torch.bfloat16) + ((torch.float16,) if x.is_cuda else ())
-    if (
-        x.dtype not in dtypes
-        or not is_plain(x, scale, shift, residual)
-        or needs_gradient(x, scale, shift, residual)
-        or _extension.error is not None
-        or (x.is_cuda and not describe()["cuda_compiled"])
-    ):
+    tensors = (x, scale, shift, residual)
+    if not is_plain(*tensors) or not _extension.takes(x) or needs_gradient(*tensors):
         return reference.bn_act(x, scale, shift, residual, activation)
     return torch.ops.r3d_kernels.bn_act(x, scale, shift, residual, act)
 

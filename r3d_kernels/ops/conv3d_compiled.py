@@ -1,0 +1,94 @@
+"""`torch.ops.r3d_kernels.conv3d_bn_act`: a fused layer as one node of a graph of torch.compile.
+
+It is opaque, and does when the graph runs what an eager call does: the kernel is chosen, measured and remembered then,
+for the backend that is asked for then. `in_graph` calls it; nothing here is for users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r3d_kernels._layer import state_of_weight
+from r3d_kernels.ops._flops import flop_formula
+from r3d_kernels.ops.clip import ClipSource
+from r3d_kernels.ops.conv3d import empty_output
+
+_library = torch.library.Library("r3d_kernels", "FRAGMENT")  # `custom_op` would take as long as a small layer
+_library.define(
+    "conv3d_bn_act(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
+    "float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str? activation, "
+    "float[]? clip_mean, float[]? clip_std, ScalarType? clip_dtype) -> Tensor",
+    # inductor's own CUDA graphs leave it out: they would hold weights packed before, and nobody would look at a replay
+    # whether the parameters have changed since (GraphedModel does).
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    clip_mean: Sequence[float] | None,
+    clip_std: Sequence[float] | None,
+    clip_dtype: torch.dtype | None,
+) -> Tensor:
+    norm = None if mean is None or var is None else (mean, var, gamma, beta, eps)
+    source = None
+    if clip_dtype is not None:
+        numbers = (None if values is None else tuple(values) for values in (clip_mean, clip_std))
+        source = ClipSource.of(x, *numbers, clip_dtype)
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    y = state_of_weight(weight).run(x, residual, weight, conv_bias, norm, *geometry, activation, source)
+    # As the fake has promised: stock layers keep the input's format, and a kernel may leave gaps between pixels.
+    y = y.contiguous(memory_format=torch.channels_last_3d)
+    _, k, d, h, w = y.shape
+    strides = (d * h * w * k, 1, h * w * k, w * k, k)  # torch has others where a size is 1
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("conv3d_bn_act", _run, _key)
+
+
+@torch.library.register_fake("r3d_kernels::conv3d_bn_act", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    clip_mean: Sequence[float] | None,
+    clip_std: Sequence[float] | None,
+    clip_dtype: torch.dtype | None,
+) -> Tensor:
+    torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
+    return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation, clip_dtype)
+
+
+@flop_formula(torch.ops.r3d_kernels.conv3d_bn_act)
+def _flops(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(weight[1:]) * math.prod(out_shape)
