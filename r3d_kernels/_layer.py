@@ -8,6 +8,7 @@ graphs of torch.compile, which know tensors only, find theirs by the weight.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class LayerState:
     def __init__(self) -> None:
         self._lock = _fork.Lock()
         self._snapshot: _Snapshot | None = None
+        self.owner: weakref.ref[nn.Module] | None = None  # the module that runs it
 
     def __deepcopy__(self, memo: object) -> LayerState:
         return LayerState()
@@ -222,14 +224,6 @@ class LayerState:
         return [] if snapshot is None else [(r, c) for _, _, r, c in list(snapshot.plans.values())]
 
 
-def state_of(conv: nn.Module) -> LayerState:
-    """The state kept beside a convolution's parameters."""
-    state = conv.__dict__.get(_ATTRIBUTE)
-    if state is None:
-        state = conv.__dict__.setdefault(_ATTRIBUTE, LayerState())  # atomic: threads get the same one
-    return state
-
-
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 
 
@@ -239,12 +233,31 @@ def state_of_weight(weight: Tensor) -> LayerState:
     return _states.setdefault(weight, LayerState()) if state is None else state
 
 
+def state_of(conv: nn.Module) -> LayerState:
+    """The state kept beside a convolution's parameters: that of its weight, so that a graph has the same.
+
+    Modules that share a weight have one each: their norms differ.
+    """
+    state = conv.__dict__.get(_ATTRIBUTE)
+    if state is None or state.owner is None:  # a copy belongs to nobody yet
+        of_weight = (
+            None if conv._parameters.get("weight") is None else state_of_weight(conv._parameters["weight"])
+        )
+        other = None if of_weight is None or of_weight.owner is None else of_weight.owner()
+        state = LayerState() if of_weight is None or other not in (None, conv) else of_weight
+        state.owner = weakref.ref(conv)
+        conv.__dict__[_ATTRIBUTE] = state
+    return state
+
+
 def _states_of(module: nn.Module) -> Iterator[LayerState]:
     """All that is kept for a module, by itself and by its weight; nothing where no fused layer has run it."""
     weight = module._parameters.get("weight")
-    for state in (module.__dict__.get(_ATTRIBUTE), None if weight is None else _states.get(weight)):
-        if isinstance(state, LayerState):
-            yield state
+    mine, of_weight = module.__dict__.get(_ATTRIBUTE), None if weight is None else _states.get(weight)
+    if isinstance(mine, LayerState):
+        yield mine
+    if isinstance(of_weight, LayerState) and of_weight is not mine and of_weight.owner is None:
+        yield of_weight
 
 
 def layer_plans(module: nn.Module) -> Iterator[tuple[backends.Request, backends.Choice]]:

@@ -3,7 +3,7 @@
 On a CPU it is the compiled one, or Triton's interpreter where backend "triton" asks for it. On a GPU there are three
 ways: ours in CUDA, ours in Triton, torch's own. The backend asked for decides; "auto" measures them once for each
 shape, on the call's own data, and remembers the fastest in the tuning cache. Triton's is compiled here and now, so its
-result is compared with torch's before it may be chosen.
+result is compared with torch's before it may be chosen. A graph of torch.compile has the compiled one.
 """
 
 from __future__ import annotations
@@ -82,13 +82,14 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _run(op: _Operation, what: str, x: Tensor, *rest: object) -> Tensor:
+    compiled = "cuda" if _extension.takes(x) else "torch"  # also where x is in CPU memory
+    if torch.compiler.is_compiling():  # nothing can be asked, measured or remembered while Dynamo traces
+        return op.ways[compiled](x, *rest)
     asked = backends.current_backend()
     if not _on_gpu(x):
         if asked == "triton" and why_not_here(x.device, x.dtype) is None:
             return op.ways["triton"](x, *rest)
-        return op.ways["cuda" if _extension.takes(x) else "torch"](
-            x, *rest
-        )  # "cuda": compiled, here for the CPU
+        return op.ways[compiled](x, *rest)
     dense = x.is_contiguous(memory_format=torch.channels_last_3d)
     key = (op.name, what, x.shape, x.dtype, x.device, dense, asked, tuning.enabled())
     way = _plans.get(key)
