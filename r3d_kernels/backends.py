@@ -252,7 +252,7 @@ class KeptCpu(DirectCpu):
 
     name = "direct kept"
     keeps = True
-    _MOST_PIXELS = 512
+    _MOST_PIXELS = 128  # with more, turning is a small part of the work
 
     def can_run(self, request: Request) -> str | None:
         why_not = super().can_run(request)
