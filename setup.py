@@ -26,7 +26,7 @@ TORCH_SPEC = "torch>=2.11,<2.16"
 TORCH_TARGET_VERSION = (
     "0x020B000000000000"  # the oldest supported torch, in the encoding of its stable headers
 )
-DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0")
+DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 # the commands that compile; others, which only ask for metadata, need not import torch
 COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 BASE_DEPENDENCIES = ["numpy", "rich", "safetensors"]
@@ -215,12 +215,11 @@ def arch_list(toolkit: Toolkit, requested: str | None) -> str:
             f"nvcc {toolkit.version} in {toolkit.home} knows none of {', '.join(DEFAULT_ARCHS)}: "
             "install CUDA 12 or newer, or set R3D_KERNELS_CUDA=0 for a CPU-only package."
         )
-    newest = known[-1]
+    # PTX for later GPUs: that of 10.0 runs on 11.0 too. PTX of a variant such as 9.0a runs on no later one.
+    newest = "10.0" if "10.0" in known else known[-1]
     if newest[-1].isdigit():
-        return ";".join([*known[:-1], newest + "+PTX"])
-    return ";".join(
-        [*known, newest.rstrip("af") + "+PTX"]
-    )  # PTX of a variant such as 9.0a runs on no later GPU
+        return ";".join(arch + "+PTX" if arch == newest else arch for arch in known)
+    return ";".join([*known, newest.rstrip("af") + "+PTX"])
 
 
 def find_toolkit(request: bool | None, hip: bool = False) -> Toolkit | None:

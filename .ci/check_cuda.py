@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-ARCHS = ("8.0", "8.6", "9.0a", "10.0")
+ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Everything about this package on one GPU, in one JSON and one picture.
 
     python benchmarks/gpu_report.py --out DIR --budget SECONDS
+    python benchmarks/gpu_report.py --out DIR --budget SECONDS --only sm90 --resume
 
-Checks of the CUDA operation, its speed against torch and against the memory's own speed, whole networks with
-their peak memory, compute-sanitizer. The most important sections come first; what the budget does not reach
-is marked 'not measured'. The JSON is complete on disk after every section. Exit code: 0; 1 where a check
-failed; 2 for wrong arguments; 3 without a CUDA device.
+Checks of the CUDA operations, their speed against torch and against what the GPU reaches, whole networks with their
+peak memory, compute-sanitizer. The most important sections come first; what the budget does not reach is marked 'not
+measured'. The JSON is complete on disk after every section. Sections run in a process of their own: one that hangs the
+GPU, or breaks its context, is ended and costs only itself (gpu_sections.py), and the kernel that it was about is left
+out of everything behind it. Exit code: 0; 1 where a check failed; 2 for wrong arguments; 3 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -14,17 +16,18 @@ import argparse
 import contextlib
 import copy
 import functools
+import json
+import math
 import os
+import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,123 +37,15 @@ import gpu_triton
 import measure
 import torch
 import torch.nn.functional as F
+from gpu_sections import Failed, NotHere, Report, Section, Worker, deadline, progress
 from torch import Tensor, nn
 
 from r3d_kernels.problems import ConvProblem
 
+__all__ = ["Failed", "NotHere", "Report", "Section", "deadline", "main", "plan", "progress"]
+
 CHANNELS = (1, 3, 7, 8, 45, 64, 65, 230, 921)
 FP32_PROMISE = 5e-6  # relative L2 error of one operation against float64
-
-
-# ---- sections and their budget ----
-
-
-class Failed(AssertionError):
-    """A check that did not hold; `data` is what was measured on the way."""
-
-    def __init__(self, message: str, data: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.data = data or {}
-
-
-class OutOfTime(BaseException):
-    """The budget ended inside a section. No Exception: a library that catches those must not swallow it."""
-
-
-class NotHere(Exception):
-    """The section needs something that this machine does not have."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the report. `needs`: seconds that must be left for a start to make sense."""
-
-    name: str
-    run: Callable[[], dict[str, Any]]
-    needs: float = 1.0
-
-
-@contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime after so many seconds, between two Python instructions; only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise OutOfTime
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    # Once more every ten seconds, should a callback from C have dropped the first one.
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 10.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-@dataclass
-class Report:
-    """Runs sections within a budget; `save` is called with the whole report after each."""
-
-    budget: float
-    save: Callable[[dict[str, Any]], None]
-    clock: Callable[[], float] = time.monotonic
-    say: Callable[[str], None] = print
-    head: dict[str, Any] = field(default_factory=dict)
-    sections: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.start = self.clock()
-
-    def left(self) -> float:
-        return self.budget - (self.clock() - self.start)
-
-    def data(self) -> dict[str, Any]:
-        return {
-            **self.head,
-            "budget_s": self.budget,
-            "floors": floors(self.sections),
-            "sections": self.sections,
-        }
-
-    def run(self, sections: Sequence[Section]) -> bool:
-        """False where a check failed or a section broke."""
-        entries = [{"name": s.name, "status": "not measured", "reason": "not reached"} for s in sections]
-        self.sections.extend(entries)
-        self.save(self.data())  # a run that dies in its first section still says what it meant to do
-        for section, entry in zip(sections, entries, strict=True):
-            begin = self.clock()
-            entry |= self._outcome(section)
-            if entry["status"] == "measured":
-                entry.pop("reason", None)
-            entry["seconds"] = round(self.clock() - begin, 2)
-            self.say(
-                f"{entry['name']}: {entry['status']}" + (f" ({r})" if (r := entry.get("reason")) else "")
-            )
-            self.save(self.data())
-        return all(entry["status"] != "failed" for entry in entries)
-
-    def _outcome(self, section: Section) -> dict[str, Any]:
-        left = self.left()
-        if left < section.needs:
-            reason = f"needs about {section.needs:.0f} s, {max(left, 0):.0f} s of the budget are left"
-            return {"status": "not measured", "reason": reason}
-        try:
-            with deadline(left):
-                return {"status": "measured", "data": section.run()}
-        except OutOfTime:
-            return {"status": "not measured", "reason": "the budget ended inside"}
-        except NotHere as e:
-            return {"status": "not measured", "reason": str(e)}
-        except Failed as e:
-            return {"status": "failed", "reason": str(e), "data": e.data}
-        except Exception as e:  # one broken section must not lose the others
-            last = traceback.extract_tb(e.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno}"
-            text = next(iter(str(e).splitlines()), "")
-            return {"status": "failed", "reason": f"{type(e).__name__}: {text} ({where})"}
 
 
 # ---- the operation ----
@@ -316,23 +211,27 @@ def check_graph() -> dict[str, Any]:
     return {"replays": 2}
 
 
-def check_streams(count: int = 50) -> dict[str, Any]:
+def check_streams() -> dict[str, Any]:
     """Two streams at once, each with its own data."""
     require_op()
     work = [epilogue((2, 64 + i, 8, 28, 28), torch.float32, seed=i) for i in range(2)]
-    expected = [e.ours() for e in work]
+    return _on_two_streams([e.ours for e in work])
+
+
+def _on_two_streams(calls: Sequence[Callable[[], Tensor]], count: int = 50) -> dict[str, Any]:
+    expected = [call() for call in calls]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in work]
-    results: list[list[Tensor]] = [[], []]
+    streams = [torch.cuda.Stream() for _ in calls]
+    results: list[list[Tensor]] = [[] for _ in calls]
     for _ in range(count):
-        for i, stream in enumerate(streams):
+        for call, stream, outputs in zip(calls, streams, results, strict=True):
             with torch.cuda.stream(stream):
-                results[i].append(work[i].ours())
+                outputs.append(call())
     torch.cuda.synchronize()
     for i, outputs in enumerate(results):
         if not all(torch.equal(y, expected[i]) for y in outputs):
             raise Failed(f"stream {i} gives another result than the default stream")
-    return {"calls": 2 * count}
+    return {"calls": len(calls) * count}
 
 
 # ---- the Hopper convolution ----
@@ -351,11 +250,29 @@ def require_sm90() -> None:
 
 def check_sm90() -> dict[str, Any]:
     require_sm90()
-    rows = gpu_sm90.check()
+    rows = gpu_sm90.check(note=lambda rows: progress(rows=rows))
     bad = [row for row in rows if not row["worst"] <= 1]
     if bad:
         raise Failed(f"{len(bad)} of {len(rows)} runs are wrong, first {bad[0]}", {"rows": rows})
     return {"runs": len(rows), "worst": max(row["worst"] for row in rows)}
+
+
+def check_sm90_trial() -> dict[str, Any]:
+    """What `backends` asks before a layer may use a tile: bits of those that work, for whole and odd channels."""
+    require_sm90()
+    from r3d_kernels.ops import conv3d_sm90
+
+    index = torch.cuda.current_device()
+    found = {
+        name: conv3d_sm90.proven_tiles(index, padded) for name, padded in (("whole", False), ("odd", True))
+    }
+    wrong = {
+        name: ["x".join(map(str, tile)) for i, tile in enumerate(conv3d_sm90.TILES) if not bits >> i & 1]
+        for name, bits in found.items()
+    }
+    if any(wrong.values()):
+        raise Failed(f"tiles that fail their trial and are not used: {wrong}", {"refused": wrong})
+    return {"tiles": len(conv3d_sm90.TILES)}
 
 
 def check_sm90_repetitions(count: int = 200) -> dict[str, Any]:
@@ -384,20 +301,41 @@ def check_sm90_graph() -> dict[str, Any]:
     return {"replays": 2}
 
 
+def check_sm90_streams() -> dict[str, Any]:
+    """Two streams at once: a split sum, of whose workspace each call needs one of its own, and a large one."""
+    require_sm90()
+    texts = ("n1c512d2h7w7k512f3p1+res+relu", "n2c128d4h28w28k128f3p1+relu")
+    work = [gpu_sm90.work(ConvProblem.parse(text), torch.bfloat16, seed=i) for i, text in enumerate(texts)]
+    return _on_two_streams([w.ours for w in work])
+
+
 def sm90_speed(network: str, batch: int) -> dict[str, Any]:
     require_sm90()
     rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
-    rows = gpu_sm90.speed(functools.partial(gpu_seconds, rounds=9), rate, network, batch)
-    return {"network": network, "batch": batch, "matmul_tflop_per_s": rate, "layers": rows}
+    head = {"network": network, "batch": batch, "matmul_tflop_per_s": rate}
+    seconds = functools.partial(gpu_seconds, rounds=9)
+    rows = gpu_sm90.speed(seconds, rate, network, batch, note=lambda rows: progress(layers=rows, **head))
+    return {**head, "layers": rows, **gpu_sm90.shares(rows)}
+
+
+def sm90_tiles(network: str, batch: int) -> dict[str, Any]:
+    """Every tile on every layer: whether the rule that chooses among them is right."""
+    require_sm90()
+    seconds = functools.partial(gpu_seconds, rounds=3, sample=2e-3)
+    rows = gpu_sm90.tiles(seconds, network, batch, note=lambda rows: progress(layers=rows))
+    return {"layers": rows, "least_chosen_over_best": min(row["best_us"] / row["chosen_us"] for row in rows)}
 
 
 # ---- speed ----
 
 
 def gpu_seconds(
-    calls: dict[str, Callable[[], Any]], *, rounds: int = 15, inner: int | None = None
+    calls: dict[str, Callable[[], Any]], *, rounds: int = 15, sample: float = 5e-3
 ) -> dict[str, float]:
-    """Median seconds of one call, by events, the calls taken in turn; `inner` calls between two events."""
+    """Median seconds of one call, by events, the calls taken in turn.
+
+    `sample`: seconds of calls between two events, so that neither their resolution nor a launch gap matters.
+    """
     counts = {}
     for name, call in calls.items():
         for _ in range(3):
@@ -406,8 +344,7 @@ def gpu_seconds(
         begin = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        # At least about 5 ms between events, so that neither their resolution nor a launch gap matters.
-        counts[name] = inner or max(1, min(200, int(5e-3 / max(time.perf_counter() - begin, 1e-6))))
+        counts[name] = max(1, min(200, int(sample / max(time.perf_counter() - begin, 1e-6))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(rounds):
         for name in calls if done % 2 == 0 else reversed(list(calls)):
@@ -495,7 +432,7 @@ def bn_act_speed() -> dict[str, Any]:
     return {"copy_gbyte_per_s": copy_speed, "rows": rows}
 
 
-@functools.lru_cache(maxsize=1)  # sections of one network follow each other
+@functools.lru_cache(maxsize=4)
 def _network(name: str) -> nn.Module:
     from r3d_kernels.models import create_model
 
@@ -511,8 +448,41 @@ def _placed(name: str, dtype: torch.dtype, fused: bool) -> nn.Module:
     return model.to(device="cuda", dtype=dtype, memory_format=torch.channels_last_3d)
 
 
+@contextlib.contextmanager
+def quick_choice() -> Iterator[None]:
+    """Layers choose among all kernels but Triton's: its tuner takes up to 15 s for each, and minutes for a network."""
+    from r3d_kernels import backends
+
+    before = list(backends.KERNELS)
+    backends.KERNELS[:] = [k for k in before if k.backend != "triton"]
+    try:
+        yield
+    finally:
+        backends.KERNELS[:] = before
+
+
+def quick(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`run` under `quick_choice`."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        with quick_choice():
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+COMPILERS = {"compile": "default", "max-autotune": "max-autotune"}  # engine -> torch.compile's mode
+
+
+@quick
 def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]) -> dict[str, Any]:
-    """Stock channels-last, fused and compiled: time, peak memory, error against float64 on the CPU."""
+    """Stock channels-last, fused and compiled: time, peak memory, error against float64 on the CPU.
+
+    Triton is not among the kernels that the fused network chooses from; it has sections of its own.
+    """
+    from r3d_kernels.backends import explain
+
     dtype = measure.DTYPES[dtype_name]
     clip = measure.clip(batch)
     x = clip.to(device="cuda", dtype=dtype, memory_format=torch.channels_last_3d)
@@ -528,9 +498,14 @@ def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]
 
         return run
 
+    kernels: dict[str, int] = {}
     for engine in engines:
         model = _placed(name, dtype, fused=engine == "fused")
-        calls[engine] = forward(torch.compile(model, dynamic=False) if engine == "compile" else model)
+        if engine in COMPILERS:
+            torch._dynamo.reset()
+            calls[engine] = forward(torch.compile(model, dynamic=False, mode=COMPILERS[engine]))
+        else:
+            calls[engine] = forward(model)
         y = calls[engine]()  # packs and compiles
         errors[engine] = measure.relative_error(y[:1].cpu(), expected)
         del y
@@ -540,11 +515,16 @@ def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]
         calls[engine]()
         torch.cuda.synchronize()
         peaks[engine] = torch.cuda.max_memory_allocated() - before
+        if engine == "fused":
+            for record in explain(model):
+                kernels[record.kernel] = kernels.get(record.kernel, 0) + 1
+        progress(errors=errors, forward_adds_bytes=peaks, kernels=kernels)
     seconds = gpu_seconds(calls, rounds=9)
     data: dict[str, Any] = {
         "network": name,
         "dtype": dtype_name,
         "batch": batch,
+        "kernels": kernels,
         "engines": {
             engine: {
                 "median_ms": round(1e3 * seconds[engine], 4),
@@ -556,6 +536,8 @@ def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]
             for engine in engines
         },
     }
+    if compiled := [seconds[engine] for engine in engines if engine in COMPILERS]:
+        data["faster_than_best_compile"] = round(min(compiled) / seconds["fused"], 3)
     # With TF32, which torch allows for convolutions, stock float32 is coarse too: ours may be twice as far.
     allowed = 2 * errors["stock"] + torch.finfo(dtype).eps / 2
     if not errors["fused"] <= allowed:
@@ -605,8 +587,15 @@ def _apart(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS) -> dict[str, Any]:
-    """Every configuration that a layer or one of its gradients may try, against float64."""
+def check_triton(
+    device: str = "cuda",
+    problems: Sequence[str] = TRITON_PROBLEMS,
+    left: Callable[[], float] = lambda: math.inf,
+) -> dict[str, Any]:
+    """Every configuration that a layer or one of its gradients may try, against float64; as far as there is time.
+
+    The first configuration of every problem comes before the others of any: each takes seconds to compile.
+    """
     require_triton()
     from r3d_kernels.problems import ConvProblem
     from r3d_kernels.triton import config as configs
@@ -620,7 +609,9 @@ def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS
         rows.append({"problem": text, "dtype": dtype_name, "what": what, "error": error, "allowed": allowed})
         if not error <= allowed:
             bad.append(rows[-1])
+        progress(rows=rows)
 
+    later: list[Callable[[], None]] = []
     for text in problems:
         p = ConvProblem.parse(text)
         geometry = (p.stride, p.padding, p.dilation, p.groups)
@@ -636,20 +627,59 @@ def check_triton(device: str = "cuda", problems: Sequence[str] = TRITON_PROBLEMS
             y = y.detach() * scale.double().view(1, -1, 1, 1, 1) + bias.double().view(1, -1, 1, 1, 1)
             y = y if t.residual is None else y + t.residual.double()
             y = y.relu() if p.activation == "relu" else y
-            for config in configs.candidates(p, dtype, precision, configs.machine(t.x.device)):
+
+            def forward(
+                config: Any,
+                text=text,
+                p=p,
+                dtype=dtype,
+                precision=precision,
+                t=t,
+                scale=scale,
+                bias=bias,
+                y=y,
+            ) -> None:
                 run = conv3d.forward(p, config, precision, True, True)
                 note(text, dtype, str(config), run(t.x, t.weight, scale, bias, t.residual), y, precision)
+
+            first, *others = configs.candidates(p, dtype, precision, configs.machine(t.x.device))
+            forward(first)
+            later += [functools.partial(forward, config) for config in others]
+
+            def gradient(
+                which: str,
+                config: Any,
+                text=text,
+                p=p,
+                dtype=dtype,
+                precision=precision,
+                t=t,
+                dy=dy,
+                dx=dx,
+                dw=dw,
+            ) -> None:
+                if which == "input":
+                    ours, want = conv3d.input_grad(p, config, precision)(dy, t.weight), dx
+                else:
+                    ours, want = conv3d.weight_grad(p, config, precision)(t.x, dy), dw
+                note(text, dtype, f"{which} gradient {config}", ours, want, precision)
+
             dy = dy.contiguous(memory_format=torch.channels_last_3d)
             where = configs.machine(t.x.device)
-            for config in configs.input_grads(p, dtype, precision, where):
-                ours = conv3d.input_grad(p, config, precision)(dy, t.weight)
-                note(text, dtype, f"input gradient {config}", ours, dx, precision)
-            for config in configs.weight_grads(p, dtype, precision, where):
-                ours = conv3d.weight_grad(p, config, precision)(t.x, dy)
-                note(text, dtype, f"weight gradient {config}", ours, dw, precision)
+            later += [
+                functools.partial(gradient, which, config, dy=dy)
+                for which, all_of in (("input", configs.input_grads), ("weight", configs.weight_grads))
+                for config in all_of(p, dtype, precision, where)
+            ]
+    reached = 0
+    for call in later:
+        if left() < 5:
+            break
+        call()
+        reached += 1
     if bad:
         raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
-    return {"cases": len(rows), "largest_error": _largest(rows)}
+    return {"cases": len(rows), "not_reached": len(later) - reached, "largest_error": _largest(rows)}
 
 
 def inductor_template(
@@ -771,6 +801,7 @@ def triton_layers(
                 },
             }
         )
+        progress(dtype=dtype_name, layers=rows)
     return {"dtype": dtype_name, "layers": rows}
 
 
@@ -880,45 +911,104 @@ def triton_network(name: str, dtype_name: str, batch: int, device: str = "cuda")
 
 @dataclass(frozen=True)
 class Floor:
-    """What a measurement has to reach; on another GPU than the one it is meant for it only informs."""
+    """What a measurement has to reach; on another GPU than the one it is meant for it only informs.
+
+    `sections`: where it is measured; the least of them counts, and all must have been measured. `value`: its name in
+    their data, with dots between levels.
+    """
 
     what: str
-    section: str
-    value: str  # its name in the section's data
+    sections: tuple[str, ...]
+    value: str
     at_least: float
     gpu: str = "H200"
 
 
+def _title(name: str, dtype: str, batch: int, engines: Sequence[str]) -> str:
+    return f"{name} {dtype} batch {batch}: {', '.join(engines)}"
+
+
+EAGER = ("stock", "fused")
 FLOORS = (
     Floor(
+        "r3d_18 bf16 batch 32, times faster than cuDNN eager channels_last_3d",
+        (_title("r3d_18", "bf16", 32, EAGER),),
+        "engines.stock.fused_is_faster",
+        1.6,
+    ),
+    Floor(
+        "r3d_18 bf16 batch 32, times faster than the best torch.compile (default, max-autotune)",
+        tuple(_title("r3d_18", "bf16", 32, (*EAGER, compiler)) for compiler in COMPILERS),
+        "faster_than_best_compile",
+        1.25,
+    ),
+    Floor(
+        "each 3x3x3 layer of r3d_18 with 128 channels or more, bf16 batch 32, share of the measured matrix rate",
+        ("conv3d_sm90 speed, r3d_18 batch 32",),
+        "least_share_wide",
+        0.60,
+    ),
+    Floor(
+        "each 3x3x3 layer of r3d_18 with 64 channels, bf16 batch 32, share of the measured matrix rate",
+        ("conv3d_sm90 speed, r3d_18 batch 32",),
+        "least_share_64",
+        0.45,
+    ),
+    Floor(
+        "r3d_18 bf16 batch 1 as a CUDA graph, times faster than eager",
+        ("r3d_18 bf16 batch 1 as a CUDA graph",),
+        "graphed_is_faster",
+        3.0,
+    ),
+    Floor(
+        "goal: clips/s of r3d_18 bf16 batch 32",
+        (_title("r3d_18", "bf16", 32, EAGER),),
+        "engines.fused.clips_per_s",
+        6000,
+    ),
+    Floor(
+        "goal: clips/s of hara_r3d_18 bf16 batch 32",
+        (_title("hara_r3d_18", "bf16", 32, EAGER),),
+        "engines.fused.clips_per_s",
+        20000,
+    ),
+    Floor(
         "r3d_18 bf16 batch 32 through Triton alone, times faster than cuDNN eager channels_last_3d",
-        "Triton: r3d_18 bf16 batch 32",
+        ("Triton: r3d_18 bf16 batch 32",),
         "triton_is_faster",
         1.25,
     ),
     Floor(
         "training norm bf16, forward and backward, share of the measured copy bandwidth",
-        "Triton: training norm",
+        ("Triton: training norm",),
         "share_of_copy",
         0.8,
     ),
 )
 
 
+def _value(section: dict[str, Any], path: str) -> float | None:
+    data: Any = section.get("data") if section.get("status") in ("measured", "failed") else None
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
 def floors(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each floor with its value and whether it holds, both 'not measured' where the section has no such value."""
+    """Each floor with its value and whether it holds, both 'not measured' where a section has no such value."""
     by_name = {s["name"]: s for s in sections}
-    gpu = by_name.get("environment", {}).get("data", {}).get("gpu", "unknown")
+    gpu = (by_name.get("environment", {}).get("data") or {}).get("gpu", "unknown")
     rows = []
     for floor in FLOORS:
-        value = by_name.get(floor.section, {}).get("data", {}).get(floor.value)
-        holds = "not measured" if value is None else value >= floor.at_least
+        values = [_value(by_name.get(name, {}), floor.value) for name in floor.sections]
+        known = [v for v in values if v is not None]
+        value = min(known) if len(known) == len(values) else None
         rows.append(
             {
                 "what": floor.what,
                 "at_least": floor.at_least,
                 "value": "not measured" if value is None else value,
-                "holds": holds,
+                "holds": "not measured" if value is None else value >= floor.at_least,
                 "gpu": gpu,
                 "meant_for": floor.gpu,
             }
@@ -939,13 +1029,18 @@ def sanitizer_path() -> str | None:
 
 
 def sanitize(left: Callable[[], float]) -> dict[str, Any]:
-    """memcheck, racecheck and synccheck over small calls in a process of their own."""
+    """memcheck, racecheck and synccheck over small calls, each in a process of its own and a share of the time."""
     require_op()
+    from r3d_kernels import backends
+
     tool = sanitizer_path()
     if tool is None:
         raise NotHere("compute-sanitizer is not installed")
-    results = {}
-    for check in ("memcheck", "racecheck", "synccheck"):
+    here = {k.name for k in backends.KERNELS}  # less what has broken the GPU before
+    without = [f"--without={name}" for name in ("wgmma", "sm80") if name not in here]
+    checks = ("memcheck", "racecheck", "synccheck")
+    results: dict[str, str] = {}
+    for i, check in enumerate(checks):
         command = [
             tool,
             "--tool",
@@ -955,33 +1050,44 @@ def sanitize(left: Callable[[], float]) -> dict[str, Any]:
             sys.executable,
             str(Path(__file__).resolve()),
         ]
-        timeout = min(left() - 1, 240)
-        if timeout <= 0:
-            results[check] = "not measured"
-            continue
-        try:
-            done = subprocess.run(
-                [*command, "--sanitizer-child"], capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            results[check] = "not measured: ran out of time"
-            continue
-        tail = [line for line in (done.stdout + done.stderr).splitlines() if "=========" in line][-3:]
-        results[check] = "clean" if done.returncode == 0 else f"exit code {done.returncode}"
-        if done.returncode:
-            raise Failed(f"{check}: " + " ".join(tail), results)
+        results[check] = _sanitized(
+            [*command, "--sanitizer-child", *without], (left() - 3) / (len(checks) - i)
+        )
+        progress(**results)
+    bad = {check: said for check, said in results.items() if said.startswith("exit code")}
+    if bad:
+        raise Failed("; ".join(f"{check}: {said}" for check, said in bad.items()), results)
     return results
 
 
-def sanitizer_child() -> int:
+def _sanitized(command: Sequence[str], seconds: float) -> str:
+    """What came of a command that may take so long; it is ended with all that it has started."""
+    if seconds <= 1:
+        return "not measured: no time was left"
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not measured: took longer than {seconds:.0f} s"
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if child.returncode == 0:
+        return "clean"
+    told = [line.strip("= ") for line in said.splitlines() if "=========" in line]
+    return f"exit code {child.returncode}: " + " ".join(told[:4] + told[-1:])
+
+
+def sanitizer_child(without: Sequence[str] = ()) -> int:
     """What compute-sanitizer watches: sizes with tails in every dimension."""
     require_op()
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for channels in CHANNELS:
-            for residual in (False, True):
-                epilogue((1, channels, 2, 3, 5), dtype, residual=residual).ours()
-    gpu_sm80.small_calls()
     with contextlib.suppress(NotHere):
+        if "wgmma" in without:
+            raise NotHere
         require_sm90()
         for text in gpu_sm90.CORNERS[:-2]:
             w = gpu_sm90.work(ConvProblem.parse(text), torch.bfloat16)
@@ -989,6 +1095,12 @@ def sanitizer_child() -> int:
             w.dense().ours()  # copied first where channels are no multiple of 8
         for tile in range(len(gpu_sm90.TILES)):
             gpu_sm90.work(ConvProblem.parse(gpu_sm90.EVERY_TILE[0]), torch.float16).ours(1 << tile, 2)
+    if "sm80" not in without:
+        gpu_sm80.small_calls()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels in CHANNELS:
+            for residual in (False, True):
+                epilogue((1, channels, 2, 3, 5), dtype, residual=residual).ours()
     torch.cuda.synchronize()
     return 0
 
@@ -1033,55 +1145,97 @@ def environment() -> dict[str, Any]:
 
 
 def plan(left: Callable[[], float]) -> list[Section]:
-    """All sections, the most important first."""
+    """All sections, the most important first: what decides whether numbers mean anything, then what has a floor.
+
+    `left` tells the seconds that the section which asks may still take.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = (
+            True  # the strong stock baseline: cuDNN picks its algorithms by measuring them
+        )
+
+    def hopper(title: str, run: Callable[[], dict[str, Any]], needs: float, most: float = 60.0) -> Section:
+        return Section(f"conv3d_sm90{title}", run, needs, most, "wgmma")
+
+    def speed(name: str, batch: int) -> Section:
+        return hopper(f" speed, {name} batch {batch}", functools.partial(sm90_speed, name, batch), 10)
+
+    def network(
+        name: str,
+        dtype: str,
+        batch: int,
+        engines: tuple[str, ...] = EAGER,
+        needs: float = 10.0,
+        most: float = 60.0,
+    ) -> Section:
+        run = functools.partial(network_speed, name, dtype, batch, engines)
+        return Section(_title(name, dtype, batch, engines), run, needs, most)
+
+    def compiled(name: str, dtype: str, batch: int, compiler: str = "compile") -> Section:
+        tuned = compiler == "max-autotune"
+        return network(name, dtype, batch, (*EAGER, compiler), 90 if tuned else 40, 240 if tuned else 120)
+
+    sm80 = {s.name: s for s in gpu_sm80.sections(sys.modules[__name__])}
+    sizes = [(batch, dtype) for batch in (8, 1, 32) for dtype in ("bf16", "fp32")]
     sections = [
         Section("environment", environment),
+        hopper(" against float64", check_sm90, 10, 90),
+        sm80.pop("sm80 convolution against float64"),
         Section("bn_act against float64", check_bn_act, needs=5),
+        hopper(": the trial of every tile", check_sm90_trial, 5),
+        sm80.pop("max-pool and head"),
+        hopper(": 200 repetitions, bitwise", check_sm90_repetitions, 5),
+        hopper(": CUDA graph", check_sm90_graph, 3),
+        hopper(": two streams", check_sm90_streams, 3),
+        Section("roofline", roofline, needs=5),
+        speed("r3d_18", 32),
+        network("r3d_18", "bf16", 32),
+        sm80.pop("r3d_18 bf16 batch 1 as a CUDA graph"),
+        network("r3d_18", "bf16", 1),
+        network("r3d_18", "bf16", 8),
+        compiled("r3d_18", "bf16", 32),
+        network("hara_r3d_18", "bf16", 32),
+        sm80.pop("uint8 clips against float64"),
+        Section("compute-sanitizer", lambda: sanitize(left), needs=45, most=150),
         Section("200 repetitions, bitwise", check_repetitions, needs=5),
+        sm80.pop("sm80 convolution: 200 repetitions, bitwise"),
         Section("CUDA graph", check_graph, needs=3),
         Section("two streams", check_streams, needs=3),
-        Section("conv3d_sm90 against float64", check_sm90, needs=20),
-        Section("conv3d_sm90: 200 repetitions, bitwise", check_sm90_repetitions, needs=5),
-        Section("conv3d_sm90: CUDA graph", check_sm90_graph, needs=3),
-        Section("roofline", roofline, needs=5),
         Section("bn_act speed", bn_act_speed, needs=5),
-    ]
-    sections[2:2] = gpu_sm80.sections(sys.modules[__name__])
-
-    for name, batch in (("r3d_18", 32), ("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8)):
-        title = f"conv3d_sm90 speed, {name} batch {batch}"
-        sections.append(Section(title, functools.partial(sm90_speed, name, batch), needs=10))
-
-    def network(name: str, dtype: str, batch: int, engines: tuple[str, ...], needs: float) -> Section:
-        title = f"{name} {dtype} batch {batch}: {', '.join(engines)}"
-        return Section(title, functools.partial(network_speed, name, dtype, batch, engines), needs)
-
-    eager = ("stock", "fused")
-    sizes = [(batch, dtype) for batch in (8, 1, 32) for dtype in ("bf16", "fp32")]
-    sections += [network("r3d_18", dtype, batch, eager, 10) for batch, dtype in sizes]
-    sections.append(Section("compute-sanitizer", lambda: sanitize(left), needs=30))
-    sections.append(network("r3d_18", "bf16", 8, ("stock", "fused", "compile"), 60))
-    sections += [
-        Section("Triton against float64", check_triton, needs=60),
-        Section("Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), needs=60),
-        Section("Triton: training norm", triton_norm_speed, needs=10),
+        compiled("r3d_18", "bf16", 32, "max-autotune"),
+        Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
+        # its tuner may take 15 s for each of 15 layers
+        Section(
+            "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 60, 260, "triton"
+        ),
+        Section("Triton: training norm", triton_norm_speed, 10, 60, "triton"),
+        *(speed(*which) for which in (("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8))),
+        hopper(": every tile, r3d_18 batch 32", functools.partial(sm90_tiles, "r3d_18", 32), 15),
+        network("r2plus1d_18", "bf16", 8),
+        *(network("r3d_18", "fp32", batch) for batch in (8, 1, 32)),
+        *sm80.values(),
         Section(
             "Triton: layers of r3d_18 bf16 batch 8",
             lambda: triton_layers(network_layers("r3d_18", 8), "bf16", left),
             needs=30,
+            most=180,
+            kernel="triton",
         ),
         *gpu_triton.sections(sys.modules[__name__]),
     ]
+    names = {s.name for s in sections}
     for name in ("hara_r3d_50", "hara_r3d_18"):
-        sections += [network(name, dtype, batch, eager, 10) for batch, dtype in sizes]
+        more = [network(name, dtype, batch) for batch, dtype in sizes]
+        sections += [s for s in more if s.name not in names]
     for name, dtype, batch in (
-        ("r3d_18", "fp32", 8),
+        ("r3d_18", "bf16", 8),
         ("r3d_18", "bf16", 1),
-        ("r3d_18", "bf16", 32),
+        ("r3d_18", "fp32", 8),
         ("hara_r3d_50", "bf16", 8),
         ("hara_r3d_18", "bf16", 8),
     ):
-        sections.append(network(name, dtype, batch, ("stock", "fused", "compile"), 60))
+        sections.append(compiled(name, dtype, batch))
+    sections += [compiled("r3d_18", "bf16", batch, "max-autotune") for batch in (1, 8)]
     sections.append(Section("clocks at the end", lambda: {"fields": CLOCKS, "values": nvidia_smi(CLOCKS)}))
     return sections
 
@@ -1100,7 +1254,7 @@ def draw(path: Path, data: dict[str, Any]) -> None:
         return
     height = max(3.0, 0.32 * sum(len(d["engines"]) for d in networks) + 1.5)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
-    colours = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d"}
+    colours = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d", "max-autotune": "#33415c"}
     bars = [
         (f"{d['network']} {d['dtype']} b{d['batch']} {engine}", value["fused_is_faster"], colours[engine])
         for d in networks
@@ -1136,28 +1290,69 @@ def _verdict(row: dict[str, Any]) -> str:
     )
 
 
+def earlier(path: Path, gpu: str | None, commit: str | None) -> list[dict[str, Any]]:
+    """The entries of a report on disk that need not be measured again; none where it is of another GPU or commit."""
+    try:
+        data = json.loads(path.read_text())
+        if data["machine"]["commit"] != commit:
+            return []
+        entries = [s for s in data["sections"] if s["status"] == "measured"]
+        of = next((s["data"]["gpu"] for s in entries if s["name"] == "environment"), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return entries if of is not None and of == gpu else []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", metavar="DIR", default="gpu_report", help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument(
+        "--only",
+        metavar="REGEX",
+        default="",
+        help="the sections in whose names it is found, and the environment",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the report in DIR has measured on the same GPU, and go on",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the sections and end")
     parser.add_argument("--sanitizer-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        wanted = re.compile(args.only)
+    except re.error as e:
+        parser.error(f"--only: {e}")
+    sections = [s for s in plan(lambda: 0.0) if wanted.search(s.name) or s.name == "environment"]
+    if args.list:
+        print("\n".join(s.name for s in sections))
+        return 0
     if not torch.cuda.is_available():
         print("gpu_report: no CUDA device here (torch.cuda.is_available() is False)", file=sys.stderr)
         return 3
     if args.sanitizer_child:
-        return sanitizer_child()
-    # The strong stock baseline: cuDNN picks its algorithms by measuring them.
-    torch.backends.cudnn.benchmark = True
+        return sanitizer_child(args.without)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    file = out / "gpu_report.json"
+    worker = Worker(plan)
+    machine = measure.machine()
     report = Report(
         budget=args.budget,
-        save=functools.partial(measure.write_json, out / "gpu_report.json"),
+        save=functools.partial(measure.write_json, file),
         say=functools.partial(print, flush=True),
-        head={"machine": measure.machine()},
+        head={"machine": machine},
+        tail=lambda entries: {"floors": floors(entries), "kernels_left_out": dict(worker.without)},
+        execute=worker,
+        sections=earlier(file, nvidia_smi("name"), machine["commit"]) if args.resume else [],
     )
-    good = report.run(plan(report.left))
+    try:
+        good = report.run(sections)
+    finally:
+        worker.stop()
     for row in floors(report.sections):
         print(f"floor: {row['what']}: {row['value']}, at least {row['at_least']}: {_verdict(row)}")
     try:

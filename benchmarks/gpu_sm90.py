@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import gpu_paper
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +75,26 @@ class Work:
             y = y + self.residual
         return F.relu(y) if p.activation == "relu" else y
 
+    def cudnn_fused(self) -> Tensor:
+        """cuDNN's own convolution + bias + residual + ReLU, the scale folded into weights; raises where it has none."""
+        p = self.problem
+        if p.activation != "relu":
+            raise RuntimeError("cuDNN fuses ReLU only")
+        x, weight, bias, residual = self._folded
+        geometry = (p.stride, p.padding, p.dilation, 1)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    @cached_property
+    def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        def place(t: Tensor) -> Tensor:
+            return t.to(self.x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+        weight = place(self.weight.float() * self.scale.view(-1, 1, 1, 1, 1))
+        residual = None if self.residual is None else place(self.residual)
+        return place(self.x), weight, self.bias.to(self.x.dtype), residual
+
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
         """float64 on the CPU, and the error that one rounding and float32 sums allow each element."""
@@ -122,9 +143,14 @@ def _runs(every: bool, p: ConvProblem) -> Iterator[tuple[int, int]]:
             yield from ((1 << tile, split) for split in (1, 2))
 
 
-def check(device: str = "cuda") -> list[dict[str, Any]]:
-    """A row for each run; 'worst' is the largest error over what is allowed, so at most 1 where all is well."""
-    rows = []
+def check(
+    device: str = "cuda", note: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+) -> list[dict[str, Any]]:
+    """A row for each run; 'worst' is the largest error over what is allowed, so at most 1 where all is well.
+
+    A run that raises is a row too, and the next one follows, unless the GPU is lost.
+    """
+    rows: list[dict[str, Any]] = []
     for text in (*CORNERS, *EVERY_TILE):
         p = ConvProblem.parse(text)
         for dtype in DTYPES:
@@ -134,18 +160,22 @@ def check(device: str = "cuda") -> list[dict[str, Any]]:
             if p.c % 8 or p.k % 8:
                 runs.append((w.dense(), -1, 0))
             for case, tiles, split in runs:
-                y = case.ours(tiles, split).cpu().double()
-                ratio = ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
                 name = "chosen" if tiles < 0 else "x".join(map(str, TILES[tiles.bit_length() - 1]))
-                rows.append(
-                    {
-                        "problem": text,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "tile": name if case is w else f"{name}, copied",
-                        "split": split,
-                        "worst": ratio,
-                    }
-                )
+                row = {
+                    "problem": text,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "tile": name if case is w else f"{name}, copied",
+                    "split": split,
+                }
+                rows.append(row)
+                note(rows)  # a kernel that hangs is the last row
+                try:
+                    y = case.ours(tiles, split).cpu().double()
+                    row["worst"] = ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
+                except RuntimeError as e:
+                    row |= {"worst": float("inf"), "error": next(iter(str(e).splitlines()), "")}
+                    if device == "cuda":
+                        torch.cuda.synchronize()  # raises again where no later run can work
     return rows
 
 
@@ -162,25 +192,41 @@ def different_bits(count: int, device: str = "cuda") -> dict[str, int]:
     return found
 
 
+def _macs(p: ConvProblem) -> int:
+    macs = p.n * p.k * p.c
+    for size in (*p.out_size, *p.kernel):
+        macs *= size
+    return macs
+
+
+def _layers(network: str, batch: int) -> Iterator[tuple[str, ConvProblem]]:
+    """Those that the kernel takes."""
+    for name, problem in layers_of(network).items():
+        if problem.c >= gpu_paper.FEWEST_CHANNELS:
+            yield name, problem.with_batch(batch)
+
+
 def speed(
     seconds: Callable[[dict[str, Callable[[], Any]]], dict[str, float]],
     rate: float,
     network: str,
     batch: int,
     device: str = "cuda",
+    note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Each layer of a network that the kernel takes, against cuDNN; `rate`: TFLOP/s of matrix products, same run."""
     rows = []
-    for name, problem in layers_of(network).items():
-        p = problem.with_batch(batch)
-        if p.c < 16:  # another kernel's
-            continue
+    for name, p in _layers(network, batch):
         w = work(p, torch.bfloat16, device=device)
-        found = seconds({"ours": w.ours, "stock": w.stock})
-        macs = p.n * p.k * p.c
-        for size in (*p.out_size, *p.kernel):
-            macs *= size
-        tflops = 2 * macs / found["ours"] / 1e12
+        calls, why_not = {"ours": w.ours, "stock": w.stock}, None
+        try:
+            w.cudnn_fused()
+            calls["cudnn_fused"] = w.cudnn_fused
+        except RuntimeError as e:
+            why_not = next(iter(str(e).splitlines()), "")
+        found = seconds(calls)
+        tflops = 2 * _macs(p) / found["ours"] / 1e12
+        paper = gpu_paper.plan(p)
         rows.append(
             {
                 "layer": name,
@@ -188,8 +234,71 @@ def speed(
                 "ours_us": round(1e6 * found["ours"], 2),
                 "stock_us": round(1e6 * found["stock"], 2),
                 "ours_is_faster": round(found["stock"] / found["ours"], 3),
+                "cudnn_fused_us": round(1e6 * found["cudnn_fused"], 2) if why_not is None else "not measured",
+                "cudnn_fused_reason": why_not,
                 "tflop_per_s": round(tflops, 1),
                 "share_of_matmul": round(tflops / rate, 3),
+                "predicted": {
+                    "tile": "x".join(map(str, TILES[paper.tile])),
+                    "split": paper.split,
+                    "us": round(gpu_paper.Row(name, p, 1, paper).seconds * 1e6, 2),
+                },
             }
         )
+        note(rows)
+    return rows
+
+
+def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the floors are held against: the least shares among 3x3x3 layers of 128 channels or more, and of 64.
+
+    Strictly: layers of stride 2 and the small ones at the end are among them, and named.
+    """
+    found: dict[str, Any] = {}
+    for name, wanted in (("wide", lambda c: c >= 128), ("64", lambda c: c == 64)):
+        kind = [
+            (row["share_of_matmul"], row["layer"])
+            for row in rows
+            if (p := ConvProblem.parse(row["problem"])).kernel == (3, 3, 3) and wanted(p.c)
+        ]
+        if kind:
+            found[f"least_share_{name}"], found[f"least_share_{name}_layer"] = min(kind)
+    return found
+
+
+def tiles(
+    seconds: Callable[[dict[str, Callable[[], Any]]], dict[str, float]],
+    network: str,
+    batch: int,
+    device: str = "cuda",
+    note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Every tile that takes a layer, with the split that the rule gives it, beside what the rule predicts."""
+    rows = []
+    for name, p in _layers(network, batch):
+        w = work(p, torch.bfloat16, device=device)
+        plans = {}
+        for tile in range(len(TILES)):
+            able = [plan for split in gpu_paper.SPLITS if (plan := gpu_paper.plan_for(p, tile, split))]
+            if able:
+                plans["x".join(map(str, TILES[tile]))] = min(able, key=lambda plan: plan.cycles)
+        found = seconds({n: partial(w.ours, 1 << plan.tile, plan.split) for n, plan in plans.items()})
+        chosen = "x".join(map(str, TILES[gpu_paper.plan(p).tile]))
+        best = min(found, key=found.__getitem__)
+        rows.append(
+            {
+                "layer": name,
+                "problem": str(p),
+                "us": {n: round(1e6 * s, 2) for n, s in found.items()},
+                "split": {n: plan.split for n, plan in plans.items()},
+                "predicted_us": {
+                    n: round(gpu_paper.Row(name, p, 1, plan).seconds * 1e6, 2) for n, plan in plans.items()
+                },
+                "chosen": chosen,
+                "chosen_us": round(1e6 * found[chosen], 2),
+                "best": best,
+                "best_us": round(1e6 * found[best], 2),
+            }
+        )
+        note(rows)
     return rows

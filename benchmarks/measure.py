@@ -92,18 +92,18 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
     """NaN and infinities as text: JSON has neither, and a wrong result must not lose the report."""
     if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 

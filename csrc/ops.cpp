@@ -641,6 +641,51 @@ Tensor conv3d_sm80_pack_cuda(Tensor weight, ScalarType dtype, Ints stride, Ints 
   return packed;
 }
 
+// ---- activations in rows: channels innermost, pixels one after the other at whole multiples of 16 bytes,
+// which is what TMA and cp.async read. What lies between the channels of one pixel and the next is nobody's.
+
+// Elements from a pixel of t [N, C, D, H, W] to the next where it lies so, else 0.
+int64_t rows_pitch(const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 || (t.size(1) > 1 && t.stride(1) != 1)) return 0;
+  const int64_t unit = 16 / static_cast<int64_t>(t.element_size());
+  int64_t pixels = 1, pitch = (t.size(1) + unit - 1) / unit * unit;  // of a single pixel
+  for (int64_t axis : {4, 3, 2, 0}) {
+    if (t.size(axis) == 1) continue;
+    if (pixels == 1) pitch = t.stride(axis);
+    if (t.stride(axis) != pitch * pixels) return 0;
+    pixels *= t.size(axis);
+  }
+  return pitch % unit == 0 && pitch >= t.size(1) ? pitch : 0;
+}
+
+// [N, C, D, H, W] at the smallest pitch.
+Tensor empty_rows(const Ints& shape, const Tensor& like) {
+  const int64_t unit = 16 / static_cast<int64_t>(like.element_size());
+  Ints wide = shape;
+  wide[1] = (shape[1] + unit - 1) / unit * unit;
+  Tensor rows = empty_channels_last(wide, like);
+  return wide[1] == shape[1] ? rows : torch::stable::narrow(rows, 1, 0, shape[1]);
+}
+
+// t itself where it lies in rows, else a copy. `op` asks for it.
+Tensor in_rows(const Tensor& t, DType dtype, void* stream, const char* op) {
+  if (t.numel() == 0 || rows_pitch(t)) return t;
+  Tensor rows = empty_rows(sizes(t), t);
+  const cuda::sm80::Rows copy{t.size(0),
+                              t.size(1),
+                              {t.size(2), t.size(3), t.size(4)},
+                              {t.stride(0), t.stride(1), t.stride(2), t.stride(3), t.stride(4)},
+                              t.const_data_ptr(),
+                              0,
+                              t.size(4),
+                              cuda::sm80::pitch_of(t.size(1), dtype),
+                              rows.mutable_data_ptr()};
+  const char* error = cuda::sm80::to_rows(copy, dtype, stream);
+  R3D_CHECK(!error, "r3d_kernels::", op, ": copying a tensor of shape ", text(sizes(t)), ": ",
+            error ? error : "");
+  return rows;
+}
+
 // The code of csrc/cuda/conv3d_sm80.h for what a clip is made of.
 int clip_source(const Tensor& x, const char* argument) {
   return x.scalar_type() == ScalarType::Byte ? 3 : static_cast<int>(dtype_of(x, argument, true));
@@ -695,11 +740,15 @@ Tensor sm80(const Tensor& x, const cuda::sm80::ClipSource& clip, const Tensor& p
   if (residual) {
     check_same(*residual, "residual", packed);
     check_residual_shape(sizes(*residual), output_shape(a.g));
-    r = channels_last(*residual);
-    a.residual = r.const_data_ptr();
   }
-  Tensor y = empty_channels_last(output_shape(a.g), packed);
+  Tensor y = empty_rows(output_shape(a.g), packed);
   if (y.numel() == 0) return y;
+  if (residual) {
+    r = in_rows(*residual, a.dtype, stream, "conv3d_sm80");
+    a.residual = r.const_data_ptr();
+    call.residual_pitch = rows_pitch(r);
+  }
+  call.y_pitch = cuda::sm80::pitch_of(a.g.k, a.dtype);
   a.x = x.const_data_ptr();
   call.x = {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
   a.weight = packed.const_data_ptr();
@@ -1009,47 +1058,6 @@ std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints paddi
 }
 
 #ifdef R3D_WITH_CUDA
-// Elements from a pixel of t [N, C, D, H, W] to the next where it lies as TMA reads it: channels innermost,
-// pixels one after the other at multiples of 16 bytes. Else 0.
-int64_t tma_pitch(const Tensor& t) {
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 || (t.size(1) > 1 && t.stride(1) != 1)) return 0;
-  int64_t pixels = 1, pitch = cuda::sm90_pitch(t.size(1));  // of a single pixel
-  for (int64_t axis : {4, 3, 2, 0}) {
-    if (t.size(axis) == 1) continue;
-    if (pixels == 1) pitch = t.stride(axis);
-    if (t.stride(axis) != pitch * pixels) return 0;
-    pixels *= t.size(axis);
-  }
-  return pitch % 8 == 0 && pitch >= t.size(1) ? pitch : 0;
-}
-
-// [N, C, D, H, W] at a pitch of whole 16 bytes.
-Tensor empty_rows(const Ints& shape, const Tensor& like) {
-  Ints wide = shape;
-  wide[1] = cuda::sm90_pitch(shape[1]);
-  Tensor rows = empty_channels_last(wide, like);
-  return wide[1] == shape[1] ? rows : torch::stable::narrow(rows, 1, 0, shape[1]);
-}
-
-// t itself where TMA can read it, else a copy.
-Tensor tma_rows(const Tensor& t, DType dtype, void* stream) {
-  if (t.numel() == 0 || tma_pitch(t)) return t;
-  Tensor rows = empty_rows(sizes(t), t);
-  const cuda::sm80::Rows copy{t.size(0),
-                              t.size(1),
-                              {t.size(2), t.size(3), t.size(4)},
-                              {t.stride(0), t.stride(1), t.stride(2), t.stride(3), t.stride(4)},
-                              t.const_data_ptr(),
-                              0,
-                              t.size(4),
-                              cuda::sm90_pitch(t.size(1)),
-                              rows.mutable_data_ptr()};
-  const char* error = cuda::sm80::to_rows(copy, dtype, stream);
-  R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: copying a tensor of shape ", text(sizes(t)), ": ",
-            error ? error : "");
-  return rows;
-}
-
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
                         Ints stride, Ints padding, Ints dilation, std::string activation, int64_t tiles,
                         int64_t split) {
@@ -1078,9 +1086,11 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   if (y.numel() == 0) return y;
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
-  const Tensor xl = tma_rows(x, a.dtype, stream), wl = tma_rows(weight, a.dtype, stream);
-  const Tensor r = residual ? tma_rows(*residual, a.dtype, stream) : xl;
+  const Tensor xl = in_rows(x, a.dtype, stream, "conv3d_sm90"),
+               wl = in_rows(weight, a.dtype, stream, "conv3d_sm90");
+  const Tensor r = residual ? in_rows(*residual, a.dtype, stream, "conv3d_sm90") : xl;
   if (residual) a.residual = r.const_data_ptr();
+  R3D_CHECK(cuda::sm80::device_multiprocessors() > 0, "x: the CUDA runtime finds no device ", x.get_device());
   const cuda::Sm90Plan plan = cuda::conv3d_sm90_plan(a.g, unsigned(tiles), int(split));
   R3D_CHECK(plan.tile >= 0, "tiles: none of those asked for can run x ", text(sizes(x)), ", weight ",
             text(sizes(weight)));
@@ -1095,7 +1105,7 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   a.weight = wl.const_data_ptr();
   a.bias = static_cast<const float*>(b.const_data_ptr());
   a.y = y.mutable_data_ptr();
-  const cuda::Sm90Pitch pitch{tma_pitch(xl), tma_pitch(wl), tma_pitch(r), cuda::sm90_pitch(a.g.k)};
+  const cuda::Sm90Pitch pitch{rows_pitch(xl), rows_pitch(wl), rows_pitch(r), cuda::sm90_pitch(a.g.k)};
   const char* error =
       cuda::conv3d_sm90(a, pitch, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
   R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: ", error ? error : "");

@@ -29,6 +29,8 @@ class TensorCoreSm80:
     """Our implicit-GEMM convolution with mma.sync, everything behind it fused in float32 (csrc/cuda/conv3d_sm80.cu).
 
     The weights stay as they are: batch norm's scale is applied to the float32 sum, so that nothing is rounded twice.
+    Channels that make no whole multiple of 16 bytes lie in pixels that do: outputs are ``[:, :K]`` of such a tensor,
+    and an input is read in place where it is one, that is behind a layer of this kernel or of `Sm90Cuda`.
 
     Args:
         tile: one of `TILES`, or None for the one that is predicted to be the fastest.

@@ -30,7 +30,8 @@ class _Captured:
                 model(self.input)
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=side):
+        # "thread_local": by default a cudaMalloc in any other thread would spoil the capture.
+        with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._output = model(self.input)
         if not isinstance(self._output, Tensor):
             raise TypeError(f"model: expected one that returns a tensor, got {type(self._output).__name__}")
@@ -46,6 +47,10 @@ class _Captured:
         y = self._output.clone()
         self._done.record(stream)
         return y
+
+    def release(self) -> None:
+        """Waits for the last replay: its memory, packed weights too, may be another tensor's from here on."""
+        self._done.synchronize()
 
 
 def _require_cuda(example: Tensor) -> None:
@@ -106,15 +111,20 @@ class GraphedModel:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             version = self._parameters_version()
             if version != self._version:
-                self._graphs.clear()
+                self._keep(0)
                 self._version = version
             captured = self._graphs.get(key)
             if captured is None:
-                while len(self._graphs) >= self.max_shapes:
-                    self._graphs.popitem(last=False)
+                self._keep(self.max_shapes - 1)
                 captured = self._graphs[key] = _Captured(self.model, x)
             self._graphs.move_to_end(key)
             return captured.replay(x)
+
+    def _keep(self, most: int) -> None:
+        """Drops the graphs used longest ago until so many are left."""
+        while len(self._graphs) > most:
+            _, oldest = self._graphs.popitem(last=False)
+            oldest.release()
 
     def __repr__(self) -> str:
         shapes = [list(key[0]) for key in self._graphs]

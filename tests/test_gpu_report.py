@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_report
+import gpu_sections
 import gpu_sm80
 import gpu_sm90
 import measure
-from gpu_report import Failed, NotHere, Report, Section
+from gpu_report import Failed, NotHere, Report, Section, progress
 
 
 class Clock:
@@ -125,19 +129,209 @@ def test_the_budget_ends_a_section_that_hangs() -> None:
     assert saved[-1]["sections"][0]["reason"] == "the budget ended inside"
 
 
+def test_a_section_may_take_so_much_and_no_more() -> None:
+    """The rest of the budget is for the others, and what the section knew by then is kept."""
+
+    def slow() -> dict[str, Any]:
+        progress(rows=[1])
+        progress(rows=[1, 2], more=True)
+        time.sleep(30)
+        return {}
+
+    made, saved = report(Clock(), budget=100.0)
+    assert made.run([Section("slow", slow, most=0.2), Section("next", lambda: {"x": 1})])
+    slow_entry, after = saved[-1]["sections"]
+    assert slow_entry["status"] == "not measured"
+    assert slow_entry["reason"] == "took longer than its 0 s"
+    assert slow_entry["data"] == {"rows": [1, 2], "more": True}
+    assert slow_entry["data_is"] == "what was known when it ended"
+    assert after["status"] == "measured"
+
+
+def test_what_a_broken_section_knew_is_kept() -> None:
+    def broken_later() -> dict[str, Any]:
+        progress(rows=[1])
+        raise RuntimeError("no more")
+
+    made, _ = report(Clock(), budget=100.0)
+    assert not made.run([Section("a", broken_later), Section("b", broken(NotHere("gone")))])
+    assert made.sections[0]["data"] == {"rows": [1]}
+    assert "data" not in made.sections[1]
+    progress(rows=[3])  # outside of sections: nowhere to go
+
+
+def test_entries_of_an_earlier_run_are_kept() -> None:
+    clock = Clock()
+    made, saved = report(clock, budget=100)
+    old = {"name": "first", "status": "measured", "data": {"x": 1}, "seconds": 2}
+    other = {"name": "not asked for now", "status": "measured", "data": {}}
+    made.sections = [old, other]
+    made.run([Section("first", broken(RuntimeError("again"))), Section("second", clock.work(1))])
+    assert [s["name"] for s in saved[-1]["sections"]] == ["first", "second", "not asked for now"]
+    assert saved[-1]["sections"][0] == old
+    assert saved[-1]["sections"][1]["status"] == "measured"
+
+
+# ---- sections in a process of their own ----
+
+
+def hang_for_good() -> dict[str, Any]:
+    """As a thread does that waits for a GPU which never answers: no signal reaches Python."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    child = subprocess.Popen(["sleep", "60"])
+    progress(child=child.pid)
+    time.sleep(60)
+    return {}
+
+
+def fragile(left: Callable[[], float]) -> list[Section]:
+    """What the process under test runs."""
+    from r3d_kernels import backends
+
+    def section(name: str, run: Callable[[], Any], kernel: str | None = None, most: float = 600.0) -> Section:
+        return Section(name, run, most=most, kernel=kernel)
+
+    return [
+        section("fine", lambda: {"pid": os.getpid(), "left": left(), "nan": math.nan}),
+        section("fails", broken(Failed("3 cases are wrong", {"rows": [1]}))),
+        section("hangs", hang_for_good, "wgmma", most=1.0),
+        section("dies", lambda: os.kill(os.getpid(), signal.SIGKILL), "sm80"),
+        section("of wgmma", lambda: {}, "wgmma"),
+        section("kernels", lambda: {"names": [k.name for k in backends.KERNELS], "pid": os.getpid()}),
+    ]
+
+
+def start_is_broken(left: Callable[[], float]) -> list[Section]:
+    raise RuntimeError("no sections today")
+
+
+def alive(pid: int) -> bool:
+    """Whether it still is after a while: a killed process takes a moment to end."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_process_that_hangs_or_dies_costs_one_section() -> None:
+    worker = gpu_sections.Worker(fragile, grace=1.0, start=600.0)
+    made, saved = report(Clock(), budget=1000.0)
+    made.execute = worker
+    try:
+        assert not made.run(fragile(lambda: 0.0))
+    finally:
+        worker.stop()
+    fine, fails, hangs, dies, of_wgmma, kernels = saved[-1]["sections"]
+    assert fine["status"] == "measured"
+    assert fine["data"]["pid"] != os.getpid()
+    assert 0 < fine["data"]["left"] <= 600
+    assert fine["data"]["nan"] == "nan"
+    assert fails == {**fails, "status": "failed", "reason": "3 cases are wrong", "data": {"rows": [1]}}
+    assert hangs["status"] == "failed"
+    assert hangs["reason"] == "no answer within 2 s: its process was killed"
+    assert not alive(hangs["data"]["child"])  # what it has started ends with it
+    assert not alive(fine["data"]["pid"])
+    assert dies["status"] == "failed"
+    assert dies["reason"] == "its process ended with exit code -9"
+    assert of_wgmma["status"] == "not measured"
+    assert of_wgmma["reason"] == "wgmma is left out: it broke 'hangs'"
+    names = kernels["data"]["names"]
+    assert "stock" in names
+    assert not any(name == "wgmma" or name.startswith("sm80") for name in names)
+    assert not alive(kernels["data"]["pid"])
+    assert worker.starts == 3
+
+
+def test_a_lost_gpu_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the worker does when told that every later call would fail too."""
+    worker = gpu_sections.Worker(fragile)
+
+    class Pipe:
+        def send(self, message: str) -> None:
+            pass
+
+        def poll(self, seconds: float) -> bool:
+            return True
+
+        def recv(self) -> str:
+            return json.dumps(
+                {"entry": {"status": "failed", "reason": "an illegal memory access"}, "broken": True}
+            )
+
+        def close(self) -> None:
+            pass
+
+    class Process:
+        pid = 0
+
+        def is_alive(self) -> bool:
+            return False
+
+        def join(self, seconds: float) -> None:
+            pass
+
+    worker._process, worker._pipe = Process(), Pipe()
+    entry = worker(Section("s", dict, kernel="sm80"), 10.0)
+    assert entry["reason"] == "an illegal memory access; the GPU was lost to its process, which was ended"
+    assert worker.without == {"sm80": "s"}
+    assert worker._process is None
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken(RuntimeError("an illegal memory access")))
+    assert gpu_sections._broken()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_sections._broken()
+
+
+def test_a_process_that_does_not_start_is_told() -> None:
+    worker = gpu_sections.Worker(start_is_broken, start=600.0)
+    entry = worker(Section("a", dict), 10.0)
+    assert entry["status"] == "failed"
+    assert "ended at its start, exit code 1" in entry["reason"]
+    assert worker._process is None
+
+
 def test_plan() -> None:
     sections = gpu_report.plan(lambda: 0.0)
     names = [s.name for s in sections]
     assert len(set(names)) == len(names)
     assert names[0] == "environment"
-    # What decides whether the numbers mean anything comes before the numbers.
+    # What decides whether the numbers mean anything comes before the numbers, im2col's corners first of all.
+    assert names[1] == "conv3d_sm90 against float64"
     assert names.index("bn_act against float64") < names.index("bn_act speed")
     assert names.index("sm80 convolution against float64") < names.index("sm80 layers, batch 8")
     assert sum("compile" in name for name in names) == 6
+    assert sum("max-autotune" in name for name in names) == 3
     for network in ("r3d_18", "hara_r3d_18", "hara_r3d_50"):
         for dtype in ("bf16", "fp32"):
             for batch in (1, 8, 32):
                 assert f"{network} {dtype} batch {batch}: stock, fused" in names
+    # Sections about one kernel name it, so that a kernel which breaks the GPU is left out behind them.
+    for section in sections:
+        if "sm90" in section.name:
+            assert section.kernel == "wgmma"
+        assert section.needs <= section.most
+    # In ten minutes there is time for all that has a floor, even if every section before takes its most.
+    floors = {name for floor in gpu_report.FLOORS for name in floor.sections}
+    ours = [s for s in sections if s.name in floors and "Triton" not in s.name and "autotune" not in s.name]
+    checks = [s for s in sections[: max(map(sections.index, ours)) + 1] if s not in ours]
+    assert sum(s.needs for s in ours) + sum(s.needs for s in checks) < 300
+
+
+def test_the_sections_can_be_listed(capsys: pytest.CaptureFixture) -> None:
+    assert gpu_report.main(["--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == [s.name for s in gpu_report.plan(lambda: 0.0)]
+    assert gpu_report.main(["--list", "--only", "sm90.*batch 32"]) == 0
+    chosen = capsys.readouterr().out.splitlines()
+    assert chosen == ["environment", *(n for n in names if "sm90" in n and "batch 32" in n)]
+    with pytest.raises(SystemExit) as caught:
+        gpu_report.main(["--only", "("])
+    assert caught.value.code == 2
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -150,21 +344,67 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert "no CUDA device" in captured.err
 
 
-def test_main_writes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Here:
+    """In the place of the worker: sections run in this process."""
+
+    def __init__(self, plan: Any) -> None:
+        self.without: dict[str, str] = {}
+        self.stopped = False
+
+    def __call__(self, section: Section, seconds: float) -> dict[str, Any]:
+        return gpu_sections.run_here(section, seconds)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(
-        gpu_report,
-        "plan",
-        lambda left: [Section("a", lambda: {"x": math.nan}), Section("b", broken(Failed("no")))],
-    )
+    monkeypatch.setattr(gpu_report, "Worker", Here)
+    monkeypatch.setattr(gpu_report, "nvidia_smi", lambda fields: "NVIDIA H200")
+
+
+def test_main_writes_the_file(in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sections = [Section("a", lambda: {"x": math.nan}), Section("b", broken(Failed("no")))]
+    monkeypatch.setattr(gpu_report, "plan", lambda left: sections)
     assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 1
     data = json.loads((tmp_path / "gpu_report.json").read_text())
     assert [s["status"] for s in data["sections"]] == ["measured", "failed"]
     assert data["sections"][0]["data"] == {"x": "nan"}
     assert data["machine"]["versions"]["torch"]
-    assert [row["holds"] for row in data["floors"]] == ["not measured"] * 2
+    assert data["kernels_left_out"] == {}
+    assert [row["holds"] for row in data["floors"]] == ["not measured"] * len(gpu_report.FLOORS)
     assert list(tmp_path.iterdir()) == [tmp_path / "gpu_report.json"]
+
+
+def test_a_run_goes_on_where_another_ended(
+    in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def section(name: str, data: dict[str, Any] | None = None) -> Section:
+        return Section(name, lambda: calls.append(name) or data or {"x": 1})
+
+    monkeypatch.setattr(measure, "machine", lambda: {"commit": "c0ffee"})
+    sections = [section("environment", {"gpu": "NVIDIA H200"}), section("a"), section("b")]
+    monkeypatch.setattr(gpu_report, "plan", lambda left: sections)
+    arguments = ["--out", str(tmp_path), "--budget", "20"]
+    assert gpu_report.main([*arguments, "--only", "a"]) == 0
+    assert calls == ["environment", "a"]
+    assert gpu_report.main([*arguments, "--resume"]) == 0
+    assert calls == ["environment", "a", "b"]
+    data = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert [s["name"] for s in data["sections"]] == ["environment", "a", "b"]
+    monkeypatch.setattr(measure, "machine", lambda: {"commit": "decaf"})  # other code: nothing is kept
+    assert gpu_report.main([*arguments, "--resume"]) == 0
+    assert calls[3:] == ["environment", "a", "b"]
+    monkeypatch.setattr(gpu_report, "nvidia_smi", lambda fields: "NVIDIA A100")  # another GPU: neither
+    assert gpu_report.main([*arguments, "--resume"]) == 0
+    assert calls[6:] == ["environment", "a", "b"]
+    (tmp_path / "gpu_report.json").write_text("{")
+    assert gpu_report.earlier(tmp_path / "gpu_report.json", "NVIDIA A100", "decaf") == []
 
 
 def test_picture(tmp_path: Path) -> None:
@@ -192,47 +432,89 @@ def test_picture(tmp_path: Path) -> None:
 def test_floors() -> None:
     """Evaluated from what was measured; what was not measured neither holds nor fails."""
     nothing = gpu_report.floors([])
-    assert [row["holds"] for row in nothing] == [row["value"] for row in nothing] == ["not measured"] * 2
-    assert [row["at_least"] for row in nothing] == [1.25, 0.8]
+    assert (
+        [row["holds"] for row in nothing]
+        == [row["value"] for row in nothing]
+        == ["not measured"] * len(nothing)
+    )
+    assert [row["at_least"] for row in nothing] == [1.6, 1.25, 0.60, 0.45, 3.0, 6000, 20000, 1.25, 0.8]
 
-    def sections(gpu: str, faster: float, share: float | None) -> list[dict[str, Any]]:
-        return [
-            {"name": "environment", "data": {"gpu": gpu}},
-            {"name": "Triton: r3d_18 bf16 batch 32", "data": {"triton_is_faster": faster}},
-            {"name": "Triton: training norm", "data": {"share_of_copy": share}},
-        ]
+    eager, speed = "r3d_18 bf16 batch 32: stock, fused", "conv3d_sm90 speed, r3d_18 batch 32"
+    data: dict[str, dict[str, Any]] = {
+        eager: {"engines": {"stock": {"fused_is_faster": 1.7}, "fused": {"clips_per_s": 5500.0}}},
+        f"{eager}, compile": {"faster_than_best_compile": 1.4},
+        speed: {"least_share_wide": 0.61, "least_share_64": 0.44},
+        "Triton: r3d_18 bf16 batch 32": {"triton_is_faster": 1.2},
+        "Triton: training norm": {"share_of_copy": None},
+    }
+    entries = [{"name": n, "status": "measured", "data": v} for n, v in data.items()]
+    holds = [row["holds"] for row in gpu_report.floors(entries)]
+    # The best of two compilers is not known before both are measured.
+    unknown = "not measured"
+    assert holds == [True, unknown, True, False, unknown, False, unknown, False, unknown]
+    entries.append(
+        {"name": f"{eager}, max-autotune", "status": "measured", "data": {"faster_than_best_compile": 1.2}}
+    )
+    assert gpu_report.floors(entries)[1]["value"] == 1.2
+    # What a section knew before it was ended is no measurement.
+    entries[0]["status"] = "not measured"
+    assert gpu_report.floors(entries)[0]["holds"] == "not measured"
 
-    rows = gpu_report.floors(sections("NVIDIA H200", 1.3, 0.79))
-    assert [row["holds"] for row in rows] == [True, False]
-    assert [gpu_report._verdict(row) for row in rows] == ["holds", "does not hold"]
-    rows = gpu_report.floors(sections("NVIDIA H100", 1.2, None))
-    assert [row["holds"] for row in rows] == [False, "not measured"]
-    assert "on NVIDIA H100 and not on the H200" in gpu_report._verdict(rows[0])
-    assert gpu_report._verdict(rows[1]) == "not measured"
+    environment = {"name": "environment", "status": "measured", "data": {"gpu": "NVIDIA H100"}}
+    row = gpu_report.floors([environment, *entries])[3]
+    assert "does not hold, on NVIDIA H100 and not on the H200" in gpu_report._verdict(row)
+    environment["data"]["gpu"] = "NVIDIA H200"
+    row = gpu_report.floors([environment, *entries])[3]
+    assert gpu_report._verdict(row) == "does not hold"
+    assert gpu_report._verdict(gpu_report.floors([])[0]) == "not measured"
 
 
 def test_floors_are_of_sections_that_the_plan_has() -> None:
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
-    assert all(floor.section in names for floor in gpu_report.FLOORS)
+    assert all(name in names for floor in gpu_report.FLOORS for name in floor.sections)
 
 
 def test_floors_stand_in_the_file_and_on_the_screen(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+    in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    floor = gpu_report.FLOORS[0]
+    floor = gpu_report.FLOORS[-2]
     sections = [
         Section("environment", lambda: {"gpu": "NVIDIA H200"}),
-        Section(floor.section, lambda: {floor.value: 1.5}),
+        Section(floor.sections[0], lambda: {floor.value: 1.5}),
     ]
     monkeypatch.setattr(gpu_report, "plan", lambda left: sections)
     assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 0
     data = json.loads((tmp_path / "gpu_report.json").read_text())
-    assert [row["holds"] for row in data["floors"]] == [True, "not measured"]
+    assert [row["holds"] for row in data["floors"]][-2:] == [True, "not measured"]
     said = capsys.readouterr().out
     assert "1.5, at least 1.25: holds" in said
     assert "not measured, at least 0.8: not measured" in said
+
+
+def test_commands_under_a_sanitizer_are_ended_with_their_children(tmp_path: Path) -> None:
+    assert gpu_report._sanitized([sys.executable, "-c", "pass"], 600.0) == "clean"
+    assert gpu_report._sanitized([sys.executable, "-c", "pass"], 0.5) == "not measured: no time was left"
+    pid = tmp_path / "pid"
+    said = gpu_report._sanitized(["sh", "-c", f"sleep 600 & echo $! > {pid}; sleep 600"], 3.0)
+    assert said == "not measured: took longer than 3 s"
+    assert not alive(int(pid.read_text()))
+    lines = ("========= Invalid __global__ read", "noise", "========= ERROR SUMMARY: 1 error")
+    bad = "; ".join(f"print('{line}')" for line in lines) + "; exit(9)"
+    said = gpu_report._sanitized([sys.executable, "-c", bad], 600.0)
+    assert said == "exit code 9: Invalid __global__ read ERROR SUMMARY: 1 error ERROR SUMMARY: 1 error"
+
+
+def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["clean", "exit code 9: Race", "not measured: took longer than 9 s"])
+    seconds: list[float] = []
+    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
+    monkeypatch.setattr(gpu_report, "sanitizer_path", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_report, "_sanitized", lambda command, s: seconds.append(s) or next(said))
+    with pytest.raises(Failed, match="racecheck: exit code 9: Race") as caught:
+        gpu_report.sanitize(lambda: 93.0)
+    assert caught.value.data["memcheck"] == "clean"
+    assert caught.value.data["synccheck"].startswith("not measured")
+    assert seconds == [30.0, 45.0, 90.0]  # a third of what is left, a half, all
 
 
 def test_the_norms_share_is_that_of_tensors_beyond_the_cache() -> None:
@@ -424,15 +706,19 @@ def test_the_hopper_cases_and_a_wrong_result(monkeypatch: pytest.MonkeyPatch) ->
     rows = gpu_sm90.check(device="cpu")
     assert all(row["worst"] <= 1 for row in rows)
     tiles = {"x".join(map(str, t)) for t in gpu_sm90.TILES}
+    noted: list[int] = []
+    monkeypatch.setattr(gpu_sm90, "EVERY_TILE", ())
+    gpu_sm90.check(device="cpu", note=lambda rows: noted.append(len(rows)))
+    assert noted == list(range(1, 13))
     assert {row["tile"] for row in rows} == {"chosen", "chosen, copied"} | tiles
     # Corners with three different paddings come first.
     assert len(set(gpu_sm90.ConvProblem.parse(rows[0]["problem"]).padding)) == 3
     assert set(gpu_sm90.different_bits(2, device="cpu").values()) == {0}
 
     monkeypatch.setattr(gpu_report, "require_sm90", lambda: None)
-    monkeypatch.setattr(gpu_sm90, "check", lambda: rows)
+    monkeypatch.setattr(gpu_sm90, "check", lambda note: rows)
     assert gpu_report.check_sm90()["runs"] == len(rows)
-    monkeypatch.setattr(gpu_sm90, "check", lambda: [*rows, {**rows[0], "worst": math.nan}])
+    monkeypatch.setattr(gpu_sm90, "check", lambda note: [*rows, {**rows[0], "worst": math.nan}])
     with pytest.raises(Failed, match="1 of"):
         gpu_report.check_sm90()
 
@@ -454,17 +740,118 @@ def test_the_stock_twin_of_a_hopper_case_is_the_same_layer() -> None:
     assert torch.equal(w.stock(), dense.stock())
 
 
+def test_a_hopper_run_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sm90_by_stock()
+
+    def ours(w: gpu_sm90.Work, tiles: int = -1, split: int = 0) -> torch.Tensor:
+        if w.problem.padding == (0, 1, 2):
+            raise RuntimeError("cuTensorMapEncodeIm2col refuses (x [1, 8]\nmore")
+        return right(w, tiles, split)
+
+    monkeypatch.setattr(gpu_sm90, "EVERY_TILE", ())
+    monkeypatch.setattr(gpu_sm90, "CORNERS", gpu_sm90.CORNERS[:2])
+    monkeypatch.setattr(gpu_sm90.Work, "ours", ours)
+    rows = gpu_sm90.check(device="cpu")
+    assert [row["worst"] <= 1 for row in rows] == [False, False, True, True]
+    assert rows[0]["error"] == "cuTensorMapEncodeIm2col refuses (x [1, 8]"
+
+
 def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        gpu_sm90, "work", lambda p, dtype, device: seen.append(p) or gpu_sm90.Work(*[None] * 6)
+    seen, noted = [], []
+
+    class Work(gpu_sm90.Work):
+        def cudnn_fused(self) -> torch.Tensor:
+            if self.problem.residual:
+                raise RuntimeError("GET was unable to find an engine\nmore")
+            return torch.empty(0)
+
+    monkeypatch.setattr(gpu_sm90, "work", lambda p, dtype, device: seen.append(p) or Work(p, *[None] * 5))
+    times = {"ours": 1e-3, "stock": 2e-3, "cudnn_fused": 1.5e-3}
+    rows = gpu_sm90.speed(
+        lambda calls: {name: times[name] for name in calls},
+        500.0,
+        "r3d_18",
+        2,
+        note=lambda r: noted.append(len(r)),
     )
-    rows = gpu_sm90.speed(lambda calls: {"ours": 1e-3, "stock": 2e-3}, 500.0, "r3d_18", 2)
     assert len(rows) == len(seen) == 14  # all but the stem
+    assert noted == list(range(1, 15))
     row = next(r for r in rows if r["layer"] == "layer1.0.conv1.0")
     assert row["tflop_per_s"] == round(2 * 11.098e9 / 1e-3 / 1e12, 1)
     assert row["share_of_matmul"] == pytest.approx(22.2 / 500, abs=1e-3)
     assert row["ours_is_faster"] == 2.0
+    assert row["cudnn_fused_us"] == 1500.0
+    assert row["predicted"]["tile"] == "352x64x3"
+    assert 0 < row["predicted"]["us"] < 1000
+    residual = next(r for r in rows if r["layer"] == "layer1.0.conv2.0")
+    assert residual["cudnn_fused_us"] == "not measured"
+    assert residual["cudnn_fused_reason"] == "GET was unable to find an engine"
+
+    # What the floors are about: every 3x3x3 layer, the strided and the small ones too.
+    assert gpu_sm90.shares(rows)["least_share_64_layer"] == "layer2.0.conv1.0"
+    for r in rows:
+        r["share_of_matmul"] = 0.9
+    next(r for r in rows if r["layer"] == "layer4.1.conv1.0")["share_of_matmul"] = 0.5
+    next(r for r in rows if r["layer"] == "layer2.0.downsample.0")["share_of_matmul"] = 0.1  # 1x1x1
+    found = gpu_sm90.shares(rows)
+    assert (found["least_share_wide"], found["least_share_wide_layer"]) == (0.5, "layer4.1.conv1.0")
+    assert found["least_share_64"] == 0.9
+    assert gpu_sm90.shares([]) == {}
+
+
+def test_cudnns_fused_convolution_gets_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def conv(
+        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> torch.Tensor:
+        return torch.nn.functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *a: conv(*a).relu())
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, *a: (conv(x, w, *a) + alpha * z).relu()
+    )
+    for text in ("n2c24d4h5w6k24f1x3x5p0x2x1+relu", "n1c13d4h5w6k11f3p1x0x2s2x1x2+res+relu"):
+        w = gpu_sm90.work(gpu_sm90.ConvProblem.parse(text), torch.float32, device="cpu")
+        assert measure.relative_error(w.cudnn_fused(), w.exact[0]) < 1e-5
+    with pytest.raises(RuntimeError, match="ReLU only"):
+        gpu_sm90.work(
+            gpu_sm90.ConvProblem.parse("n1c8d3h5w6k8f3p1"), torch.float32, device="cpu"
+        ).cudnn_fused()
+
+
+def test_hopper_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Work(gpu_sm90.Work):
+        def ours(self, tiles: int = -1, split: int = 0) -> torch.Tensor:
+            asked.append((tiles, split))
+            return torch.empty(0)
+
+    monkeypatch.setattr(gpu_sm90, "work", lambda p, dtype, device: Work(p, *[None] * 5))
+
+    def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        for call in calls.values():
+            call()
+        return {name: 1e-3 if name == "128x128x1" else 2e-3 for name in calls}
+
+    rows = gpu_sm90.tiles(seconds, "r3d_18", 8)
+    assert len(rows) == 14
+    for row in rows:
+        assert set(row["us"]) == set(row["split"]) == set(row["predicted_us"])
+        assert row["chosen"] in row["us"]
+        assert row["best"] == "128x128x1"
+        # the rule takes the least prediction
+        assert row["predicted_us"][row["chosen"]] == min(row["predicted_us"].values())
+    assert all(tiles & (tiles - 1) == 0 and split >= 1 for tiles, split in asked)
+
+
+def test_fused_networks_do_not_wait_for_triton() -> None:
+    from r3d_kernels import backends
+
+    before = list(backends.KERNELS)
+    with gpu_report.quick_choice():
+        assert {k.backend for k in before} - {k.backend for k in backends.KERNELS} == {"triton"}
+    assert before == backends.KERNELS
+    assert gpu_report.quick(lambda a, b: {"sum": a + b})(1, b=2) == {"sum": 3}
 
 
 def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,5 +859,7 @@ def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(NotHere, match=r"9\.0"):
         gpu_report.check_sm90()
+    with pytest.raises(NotHere, match=r"9\.0"):
+        gpu_report.sm90_tiles("r3d_18", 8)
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
     assert names.index("conv3d_sm90 against float64") < names.index("conv3d_sm90 speed, r3d_18 batch 32")

@@ -16,7 +16,7 @@ from r3d_kernels._layer import layer_packs, state_of
 class Recorded:
     """Stands in for a captured graph: replays into one buffer, as the real one does."""
 
-    made = 0
+    made = released = 0
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
         Recorded.made += 1
@@ -25,12 +25,16 @@ class Recorded:
     def replay(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x)
 
+    def release(self) -> None:
+        Recorded.released += 1
+
 
 @pytest.fixture
 def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "_Captured", Recorded)
     monkeypatch.setattr(graphs, "_require_cuda", lambda example: None)
     monkeypatch.setattr(Recorded, "made", 0)
+    monkeypatch.setattr(Recorded, "released", 0)
     return Recorded
 
 
@@ -82,8 +86,10 @@ def test_the_shapes_used_last_are_kept(recorded):
     for n in (2, 1, 3, 1):  # 2 is the oldest when 3 comes
         call(clip(n))
     assert recorded.made == 3
+    assert recorded.released == 1
     call(clip(2))
     assert recorded.made == 4
+    assert recorded.released == 2  # a graph that is dropped may still run
     assert len(call._graphs) == 2
 
 
@@ -113,6 +119,7 @@ def test_changed_parameters_are_captured_again(recorded, change):
         assert torch.equal(call(x), model(x))
         assert torch.equal(call(x), model(x))
     assert recorded.made == before + 1
+    assert recorded.released == 1
 
 
 def test_the_packs_of_a_layer_can_be_held(monkeypatch):

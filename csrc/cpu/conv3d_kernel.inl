@@ -143,8 +143,8 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
     any = true;
     int from = rows.from, to = rows.to < rows.steps ? rows.to : rows.steps;
     if constexpr (MR > 1) {
-      // Products with padding at the ends of a line are left out: at one end, where the other end's pixel lies
-      // inside the input for a part of the run only.
+      // Products with padding at the ends of a line are left out: at one end, where the other end's pixel
+      // lies inside the input for a part of the run only.
       if (at[0] == rows.zeros && to == rows.steps)
         from = to = rows.steps;
       else if (at[MR - 1] == rows.zeros && from == 0)

@@ -16,14 +16,16 @@ struct Params {
   const float* bias;
   const void* residual;
   void* y;
-  float* partial;  // [splits, M, K] or null
+  float* partial;  // [splits, M, partial_pitch] or null
   int64_t m;       // output pixels
   int64_t sample_pitch, plane_pitch, row_pitch, pixel_pitch, w_pitch;
   int k;
+  int y_pitch, residual_pitch, partial_pitch;  // elements from a pixel to the next
   int t, r, s;
   int stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w;
   int d, h, w_in, out_h, out_w, out_volume;
   int tap_chunks;            // chunks of a tap
+  int tail;                  // bytes of the last one that belong to the pixel
   int next_tap, next_chunk;  // a step further in the sum: 8 = next_tap * tap_chunks + next_chunk
   int steps, splits;
   unsigned m_tiles, n_tiles;
@@ -170,14 +172,15 @@ struct Loader {
   __device__ __forceinline__ void copy(const Params& p, const Tap* taps, unsigned char* stage) {
     const Tap at = taps[tap];
     const int64_t offset = at.offset + chunk * kChunk;
+    const int real = chunk + 1 == p.tap_chunks ? p.tail : kChunk;
 #pragma unroll
     for (int i = 0; i < T::kRowsA; i++)
       cp_async_16(stage + to + i * T::kRowStep * kStepBytes, x[i] + offset,
-                  (inside[i] & at.needs) == at.needs);
+                  (inside[i] & at.needs) == at.needs ? real : 0);
 #pragma unroll
     for (int i = 0; i < T::kRowsB; i++)
       cp_async_16(stage + T::kBytesA + to + i * T::kRowStep * kStepBytes, w + i * w_step,
-                  i * T::kRowStep < w_rows);
+                  i * T::kRowStep < w_rows ? kChunk : 0);
     w += kStepBytes;
     tap += p.next_tap;
     chunk += p.next_chunk;
@@ -243,13 +246,14 @@ __device__ __forceinline__ void stage_output(const Params& p, const Place& at, i
   }
 }
 
-// N neighbouring outputs from element `at` on: residual, activation, conversion, store.
+// N neighbouring outputs of a pixel from a channel on: residual, activation, conversion, store.
 template <class Out, int N>
-__device__ __forceinline__ void finish(const Params& p, int64_t at, float (&v)[N]) {
+__device__ __forceinline__ void finish(const Params& p, int64_t pixel, int channel, float (&v)[N]) {
   using P = Pack<Out, N>;
+  constexpr int64_t kBytes = sizeof(P) / N;
   if (p.residual) {
-    const P add =
-        *reinterpret_cast<const P*>(static_cast<const char*>(p.residual) + at * int64_t(sizeof(P) / N));
+    const P add = *reinterpret_cast<const P*>(static_cast<const char*>(p.residual) +
+                                              (pixel * p.residual_pitch + channel) * kBytes);
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] += add.get(i);
   }
@@ -257,9 +261,14 @@ __device__ __forceinline__ void finish(const Params& p, int64_t at, float (&v)[N
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = v[i] < 0.f ? 0.f : v[i];  // lets NaN through, as torch does
   }
+  if (N > 1 && channel + N > p.k) {  // behind the last channel
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (channel + i >= p.k) v[i] = 0.f;
+  }
   P out;
   out.set(v);
-  *reinterpret_cast<P*>(static_cast<char*>(p.y) + at * int64_t(sizeof(P) / N)) = out;
+  *reinterpret_cast<P*>(static_cast<char*>(p.y) + (pixel * p.y_pitch + channel) * kBytes) = out;
 }
 
 // N floats from a multiple of N floats on, 16 bytes at a time where they are four or more.
@@ -282,20 +291,20 @@ __device__ __forceinline__ void write_tile(const Params& p, const Place& at, con
     if (at.m0 + row >= p.m || at.n0 + column >= p.k) continue;
     float v[N];
     load_floats(tile + row * T::kPitch + column, v);
-    finish<Out, N>(p, (at.m0 + row) * p.k + at.n0 + column, v);
+    finish<Out, N>(p, at.m0 + row, at.n0 + column, v);
   }
 }
 
 // The sums of this part to p.partial, N at a time.
 template <class T, int N>
 __device__ __forceinline__ void write_partial(const Params& p, const Place& at, const float* tile) {
-  float* to = p.partial + at.split * p.m * p.k;
+  float* to = p.partial + at.split * p.m * p.partial_pitch;
   for (int i = int(threadIdx.x); i < T::kM * T::kN / N; i += T::kThreads) {
     const int row = i / (T::kN / N), column = i % (T::kN / N) * N;
     if (at.m0 + row >= p.m || at.n0 + column >= p.k) continue;
     float v[N];
     load_floats(tile + row * T::kPitch + column, v);
-    reinterpret_cast<Pack<float, N>*>(to + (at.m0 + row) * p.k + at.n0 + column)->set(v);
+    reinterpret_cast<Pack<float, N>*>(to + (at.m0 + row) * p.partial_pitch + at.n0 + column)->set(v);
   }
 }
 
@@ -358,24 +367,33 @@ __global__ void __launch_bounds__(T::kThreads, T::kShape.blocks) conv3d_sm80_ker
     write_tile<typename M::Out, T, 1>(p, at, tile);
 }
 
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 256;  // five blocks a multiprocessor: 48 registers, fewer spill
 
 // Adds the parts of the sum in their order, then what the main kernel does behind its sum.
 template <class Out, int N>
-__global__ void __launch_bounds__(kReduceThreads) conv3d_sm80_reduce_kernel(Params p) {
-  const int64_t all = p.m * p.k;
-  const int64_t step = int64_t(gridDim.x) * kReduceThreads * N;
-  for (int64_t at = (int64_t(blockIdx.x) * kReduceThreads + threadIdx.x) * N; at < all; at += step) {
+__global__ void __launch_bounds__(kReduceThreads, 5) conv3d_sm80_reduce_kernel(Params p) {
+  const int groups = (p.k + N - 1) / N;  // of a pixel
+  const unsigned step = gridDim.x * kReduceThreads, first = blockIdx.x * kReduceThreads + threadIdx.x;
+  const int pixels_on = int(step / unsigned(groups)), groups_on = int(step % unsigned(groups));
+  int group = int(first % unsigned(groups));
+  int64_t pixel = first / unsigned(groups);
+  while (pixel < p.m) {
+    const int channel = group * N;
+    const float* from = p.partial + pixel * p.partial_pitch + channel;
     float v[N] = {}, part[N];
-    for (int split = 0; split < p.splits; split++) {
-      load_floats(p.partial + split * all + at, part);
+    for (int split = 0; split < p.splits; split++, from += p.m * p.partial_pitch) {
+      load_floats(from, part);
 #pragma unroll
       for (int i = 0; i < N; i++) v[i] += part[i];
     }
-    const int channel = int(at % p.k);
 #pragma unroll
-    for (int i = 0; i < N; i++) v[i] = fmaf(v[i], p.scale ? p.scale[channel + i] : 1.f, p.bias[channel + i]);
-    finish<Out, N>(p, at, v);
+    for (int i = 0; i < N; i++) {
+      if (N > 1 && channel + i >= p.k) continue;
+      v[i] = fmaf(v[i], p.scale ? p.scale[channel + i] : 1.f, p.bias[channel + i]);
+    }
+    finish<Out, N>(p, pixel, channel, v);
+    pixel += pixels_on, group += groups_on;
+    if (group >= groups) group -= groups, pixel++;
   }
 }
 
@@ -393,7 +411,7 @@ const char* launch(const Params& p, const Choice& choice, int multiprocessors, v
                       : choice.tile == 1 ? launch_tile<M, Tile<1, 64>>(p, taps, stream)
                                          : launch_tile<M, Tile<2, 32>>(p, taps, stream);
   if (error || !p.partial) return error;
-  const int64_t blocks = ceil_div(p.m * p.k, kReduceThreads * (p.wide ? M::kVector : 1));
+  const int64_t blocks = ceil_div(p.m * ceil_div(p.k, p.wide ? M::kVector : 1), kReduceThreads);
   const dim3 grid(unsigned(blocks < 8 * multiprocessors ? blocks : 8 * multiprocessors));
   if (p.wide)
     R3D_LAUNCH((conv3d_sm80_reduce_kernel<typename M::Out, M::kVector>), grid, dim3(kReduceThreads), stream,
@@ -405,12 +423,12 @@ const char* launch(const Params& p, const Choice& choice, int multiprocessors, v
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kChunk == 0; }
 
-// x already lies as the kernel wants it: whole chunks of channels, innermost, everything at multiples of 16
-// bytes.
+// x already lies as the kernel wants it: channels innermost, every pixel at a multiple of 16 bytes. What lies
+// behind its channels is not read.
 bool lies_well(const Call& call, const Layout& l) {
   const ConvGeometry& g = call.conv.g;
   const int64_t per_chunk = kChunk / element_size(call.conv.dtype);
-  if (call.clip.from >= 0 || l.rows || l.pixel != g.c) return false;
+  if (call.clip.from >= 0 || l.rows) return false;
   if (!aligned(call.conv.x) || (call.x.c != 1 && g.c > 1)) return false;
   for (int64_t s : {call.x.n, call.x.d, call.x.h, call.x.w})
     if (s % per_chunk) return false;
@@ -432,6 +450,9 @@ Rows rows_of(const Call& call, const Layout& l) {
   }
   return rows;
 }
+
+// Floats from a pixel to the next in the parts of a split sum: whole vectors of every kind.
+int64_t partial_pitch(const ConvGeometry& g) { return ceil_div(g.k, 8) * 8; }
 
 int64_t rows_bytes(const Rows& r, DType t) {
   return ceil_div(r.n * r.in.d * r.in.h * r.width * r.pixel * element_size(t), 256) * 256;
@@ -457,6 +478,8 @@ Params params_of(const Call& call, const Layout& l, const char* x, const Strides
   p.pixel_pitch = x_strides.w * bytes;
   p.w_pitch = l.row_elements * bytes;
   p.k = int(g.k);
+  p.y_pitch = int(call.y_pitch), p.residual_pitch = int(call.residual_pitch);
+  p.partial_pitch = int(partial_pitch(g));
   p.t = int(l.taps.d), p.r = int(l.taps.h), p.s = int(l.taps.w);
   p.stride_d = int(g.stride.d), p.stride_h = int(g.stride.h), p.stride_w = int(g.stride.w);
   p.pad_d = int(g.padding.d), p.pad_h = int(g.padding.h), p.pad_w = int(g.padding.w);
@@ -468,22 +491,33 @@ Params params_of(const Call& call, const Layout& l, const char* x, const Strides
   }
   p.out_h = int(g.out.h), p.out_w = int(g.out.w), p.out_volume = int(g.out.volume());
   p.tap_chunks = int(l.tap * bytes / kChunk);
+  // Rows are written whole: what lies behind a window of them are zeros, or meets weights that are.
+  p.tail = l.rows ? kChunk : int(g.c * bytes - (p.tap_chunks - 1) * kChunk);
   p.next_tap = kStepChunks / p.tap_chunks, p.next_chunk = kStepChunks % p.tap_chunks;
   p.steps = int(l.steps), p.splits = call.choice.splits;
   p.m_tiles = unsigned(ceil_div(p.m, tile.m)), p.n_tiles = unsigned(ceil_div(g.k, tile.n));
   p.relu = a.activation == Activation::kRelu;
-  p.wide = g.k % (kChunk / bytes) == 0 && aligned(a.y) && aligned(a.residual);
+  const int64_t per_chunk = kChunk / bytes;
+  p.wide = aligned(a.y) && call.y_pitch % per_chunk == 0 && call.y_pitch >= pitch_of(g.k, a.dtype);
+  if (a.residual)
+    p.wide = p.wide && aligned(a.residual) && call.residual_pitch % per_chunk == 0 &&
+             call.residual_pitch >= pitch_of(g.k, a.dtype);
   return p;
 }
 
 }  // namespace
 
-int device_multiprocessors() { return multiprocessors(); }
+int device_multiprocessors() {
+  const int count = multiprocessors();
+  if (!count) launch_error();  // the next launch must not be told of it
+  return count;
+}
 
 int64_t workspace_bytes(const Call& call) {
   const Layout l = layout_of(call.conv.g, call.conv.dtype);
   int64_t bytes = lies_well(call, l) ? 0 : rows_bytes(rows_of(call, l), call.conv.dtype);
-  if (call.choice.splits > 1) bytes += call.choice.splits * call.conv.g.pixels() * call.conv.g.k * 4;
+  if (call.choice.splits > 1)
+    bytes += call.choice.splits * call.conv.g.pixels() * partial_pitch(call.conv.g) * 4;
   return bytes;
 }
 

@@ -21,8 +21,9 @@ constexpr int kMostTapBits = 31;       // T + R + S: one bit a tap coordinate in
 constexpr int kMostShared = 99 << 10;  // bytes of a block on 8.6, 8.9 and 12.0; 8.0 has more
 
 // How A and W lie. A tap is a run of neighbouring elements, so many for every filter position: the channels
-// of a pixel, padded with zeros to whole chunks; or, where channels are few, those of all S pixels of a
-// filter row, which lie side by side in memory (`rows`): 7 taps of 3 channels fill 4 chunks instead of 7.
+// of a pixel up to whole chunks, zeros behind the last one; or, where channels are few, those of all S pixels
+// of a filter row, which lie side by side in memory (`rows`): 7 taps of 3 channels fill 4 chunks instead
+// of 7.
 struct Layout {
   bool rows;             // a tap is a filter row: the kernel sees S = 1
   int64_t pixel;         // elements of a pixel in memory
@@ -34,17 +35,24 @@ struct Layout {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements from a pixel to the next where pixels begin at whole chunks.
+constexpr int64_t pitch_of(int64_t channels, DType t) {
+  const int64_t per_chunk = kChunk / element_size(t);
+  return ceil_div(channels, per_chunk) * per_chunk;
+}
+
 inline Layout layout_of(const ConvGeometry& g, DType t) {
   const int64_t per_chunk = kChunk / element_size(t);
   Layout l{};
   l.rows = false;
-  l.pixel = l.tap = ceil_div(g.c, per_chunk) * per_chunk;
+  l.pixel = l.tap = pitch_of(g.c, t);
   l.taps = g.kernel;
   // Windows of a row start at whole chunks where stride * pixel is a multiple of a chunk.
   int64_t pixel = g.c;
   while (pixel * g.stride.w % per_chunk) pixel++;
   const int64_t row = ceil_div(g.kernel.w * pixel, per_chunk) * per_chunk;
-  if (g.kernel.w > 1 && g.dilation.w == 1 && pixel < l.pixel && row < g.kernel.w * l.tap) {
+  // Rows are always a copy of x: only where they spare a quarter of the sum.
+  if (g.kernel.w > 1 && g.dilation.w == 1 && pixel < l.pixel && 4 * row <= 3 * g.kernel.w * l.tap) {
     l.rows = true;
     l.pixel = pixel;
     l.tap = row;
@@ -132,9 +140,14 @@ struct ClipSource {
   const float* shift = nullptr;
 };
 
+// conv.x may lie in any way: it is read in place where its pixels begin at whole chunks, else copied to rows.
+// Pixels of residual and y lie one after the other, at pitches of K elements or more. Whole chunks of them
+// are the fast way: where K is none, what lies behind the channels is never read, and is written as zeros in
+// y.
 struct Call {
-  ConvArgs conv;       // conv.x may lie in any way; conv.weight is what pack() wrote
-  Strides x;           // of conv.x
+  ConvArgs conv;  // conv.weight is what pack() wrote
+  Strides x;      // of conv.x
+  int64_t residual_pitch, y_pitch;
   const float* scale;  // [K] or null: 1
   int multiprocessors;
   Choice choice;

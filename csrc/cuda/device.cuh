@@ -10,6 +10,8 @@
 #else
 #include <cuda_runtime.h>
 
+#include <cstdio>
+
 #include "ptx.cuh"
 
 // Memory shared by the threads of a block: R3D_SHARED(float, tile, [16][33]);
@@ -20,11 +22,39 @@
 
 namespace r3d::cuda {
 
-// The text of the launch's error, or null. Takes the error off the runtime's hands, so that it is not
-// reported twice.
+// What a kernel raises while it runs, so that no launch can be refused with it: the call that finds it may be
+// another kernel's, and every later one finds it too.
+inline bool raised_while_running(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The text of the launch's error, or null; holds until the thread's next one. Takes the error off the
+// runtime's hands, so that it is not reported twice.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  if (!raised_while_running(error)) return cudaGetErrorString(error);
+  static thread_local char text[256];
+  std::snprintf(
+      text, sizeof text,
+      "%s, in this kernel or in one before it (CUDA_LAUNCH_BLOCKING=1 tells which); this process cannot use "
+      "the GPU any more",
+      cudaGetErrorString(error));
+  return text;
 }
 
 // Multiprocessors of the current device; 0 with the error still set where there is none.

@@ -110,6 +110,13 @@ struct Driver {
   }
 };
 
+// Drivers up to 13.1 set a bit that makes GPUs after Hopper, which ignores it, fill what is out of bounds
+// wrongly in tensors below 128 KiB. CUTLASS and Triton clear it too.
+inline void clear_wrong_bit(TensorMap* map, int64_t bytes, int driver_version) {
+  if (driver_version <= 13010 && bytes < 128 << 10)
+    reinterpret_cast<uint64_t*>(map)[1] &= ~(uint64_t(1) << 21);
+}
+
 // Sizes and strides as the driver takes them.
 struct Extents {
   cuuint64_t size[5], stride[4];
@@ -142,6 +149,7 @@ inline const char* encode(TensorMap* map, const Tiled& t) {
                    e.size, e.stride, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return "cuTensorMapEncodeTiled refuses";
+  detail::clear_wrong_bit(map, t.stride[t.rank - 1] * t.size[t.rank - 1], driver.version);
 #endif
   return nullptr;
 }
@@ -168,9 +176,7 @@ inline const char* encode(TensorMap* map, const Im2col& t) {
       cuuint32_t(t.channels), cuuint32_t(t.pixels), step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return "cuTensorMapEncodeIm2col refuses";
-  // Drivers up to 13.1 set a bit that is wrong for tensors below 128 KiB; CUTLASS and Triton clear it too.
-  if (driver.version <= 13010 && t.stride[4] * t.size[4] < 128 << 10)
-    reinterpret_cast<uint64_t*>(map)[1] &= ~(uint64_t(1) << 21);
+  detail::clear_wrong_bit(map, t.stride[4] * t.size[4], driver.version);
 #endif
   return nullptr;
 }

@@ -37,13 +37,13 @@ _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
 
 def in_rows(t: Tensor, fill: float = 0.0) -> Tensor:
-    """t [N, C, D, H, W] as the kernel takes it: channels-last, a pixel at every multiple of 8 elements.
+    """t [N, C, D, H, W] as our tensor-core kernels take it: channels-last, pixels at whole multiples of 16 bytes.
 
     Args:
-        fill: what lies between the pixels where C is no multiple of 8.
+        fill: what lies between the pixels where C makes no multiple of 16 bytes.
     """
     n, c, d, h, w = t.shape
-    rows = t.new_full((n, d, h, w, c + -c % 8), fill)
+    rows = t.new_full((n, d, h, w, c + -c % (16 // t.element_size())), fill)
     rows[..., :c] = t.permute(0, 2, 3, 4, 1)
     return rows.permute(0, 4, 1, 2, 3)[:, :c]
 

@@ -75,6 +75,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("load_matrices", [](uintptr_t from, uintptr_t words, const std::string& kernel) {
     const auto run = kernel == "load_matrices"     ? planted::load_matrices
                      : kernel == "misaligned_copy" ? planted::misaligned_copy
+                     : kernel == "partial_copies"  ? planted::partial_copies
                                                    : planted::misaligned_matrix;
     check(r3d::cuda::launch_dynamic(run, dim3(1), dim3(32), 1024, nullptr, pointer<const uint16_t>(from),
                                     pointer<uint32_t>(words)));
@@ -103,14 +104,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check(sm80::pack(geometry(sizes, kernel, stride, padding, dilation), r3d::DType(from),
                      pointer<void>(weight), r3d::DType(to), pointer<void>(packed), nullptr));
   });
-  // Tile and splits below 0: the plan's own. The workspace is filled with NaN before, and is exactly as large
-  // as asked.
+  // Tile and splits below 0: the plan's own. Pitches of residual and y: 0 where the channels lie side by
+  // side. The workspace is filled with NaN before, and is exactly as large as asked.
   m.def(
       "conv3d",
       [](const Ints& sizes, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
          int dtype, int relu, uintptr_t x, const Ints& x_strides, uintptr_t packed, uintptr_t scale,
          uintptr_t bias, uintptr_t residual, uintptr_t y, int tile, int splits, int from,
-         uintptr_t clip_scale, uintptr_t clip_shift) {
+         uintptr_t clip_scale, uintptr_t clip_shift, int64_t residual_pitch, int64_t y_pitch) {
         sm80::Call call{};
         call.conv.g = geometry(sizes, kernel, stride, padding, dilation);
         call.conv.dtype = r3d::DType(dtype);
@@ -121,6 +122,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         call.conv.residual = pointer<void>(residual);
         call.conv.y = pointer<void>(y);
         call.x = {x_strides[0], x_strides[1], x_strides[2], x_strides[3], x_strides[4]};
+        call.residual_pitch = residual_pitch ? residual_pitch : call.conv.g.k;
+        call.y_pitch = y_pitch ? y_pitch : call.conv.g.k;
         call.scale = pointer<float>(scale);
         call.clip = {from, pointer<float>(clip_scale), pointer<float>(clip_shift)};
         call.multiprocessors = r3d::cuda::multiprocessors();
@@ -139,7 +142,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("sizes"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
       py::arg("dtype"), py::arg("relu"), py::arg("x"), py::arg("x_strides"), py::arg("packed"),
       py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("y"), py::arg("tile"),
-      py::arg("splits"), py::arg("clip_from") = -1, py::arg("clip_scale") = 0, py::arg("clip_shift") = 0);
+      py::arg("splits"), py::arg("clip_from") = -1, py::arg("clip_scale") = 0, py::arg("clip_shift") = 0,
+      py::arg("residual_pitch") = 0, py::arg("y_pitch") = 0);
   // sizes [n, c, d, h, w], of x; from: 0 float32, 1 bfloat16, 2 float16, 3 uint8
   m.def("clip", [](const Ints& sizes, uintptr_t x, const Ints& s, int from, int to, uintptr_t scale,
                    uintptr_t shift, int64_t left, int64_t width, int64_t pixel, uintptr_t y) {

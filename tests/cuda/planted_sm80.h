@@ -19,12 +19,13 @@ inline __global__ void gemm(const uint16_t* a, const uint16_t* b, float* c, int 
   auto copy = [&](int stage, int k0) {
     for (int i = t; i < kTile * kDepth / 8; i += 128) {
       const int row = i / (kDepth / 8), column = i % (kDepth / 8) * 8;
-      r3d::cuda::cp_async_16(&as[stage * kTile + row][column], a + row * k + k0 + column, k0 + column < k);
+      r3d::cuda::cp_async_16(&as[stage * kTile + row][column], a + row * k + k0 + column,
+                             k0 + column < k ? 16 : 0);
     }
     for (int i = t; i < kTile * kDepth / 8; i += 128) {
       const int row = i / (kTile / 8), column = i % (kTile / 8) * 8;
       r3d::cuda::cp_async_16(&bs[stage * kDepth + row][column], b + (k0 + row) * kTile + column,
-                             k0 + row < k);
+                             k0 + row < k ? 16 : 0);
     }
     r3d::cuda::cp_async_commit();
   };
@@ -61,7 +62,7 @@ inline __global__ void gemm(const uint16_t* a, const uint16_t* b, float* c, int 
 inline __global__ void load_matrices(const uint16_t* from, uint32_t* words) {
   R3D_DYNAMIC_SHARED(memory);
   const int lane = int(threadIdx.x);
-  r3d::cuda::cp_async_16(memory + lane * 16, from + lane * 8, true);
+  r3d::cuda::cp_async_16(memory + lane * 16, from + lane * 8, 16);
   r3d::cuda::cp_async_commit();
   r3d::cuda::cp_async_wait<0>();
   __syncthreads();
@@ -89,9 +90,22 @@ __global__ void product(const uint32_t* a, const uint32_t* b, float* c) {
   for (int e = 0; e < 4; e++) c[(g + e / 2 * 8) * 8 + 2 * t + e % 2] = sum[e];
 }
 
+// Lane i copies the first i bytes of 16; lane 31 none, from nowhere.
+inline __global__ void partial_copies(const uint16_t* from, uint32_t* words) {
+  R3D_DYNAMIC_SHARED(memory);
+  const int lane = int(threadIdx.x);
+  const uint16_t* nowhere = from - (1 << 20);
+  r3d::cuda::cp_async_16(memory + lane * 16, lane == 31 ? nowhere : from + lane * 8,
+                         lane == 31 ? 0 : lane % 17);
+  r3d::cuda::cp_async_commit();
+  r3d::cuda::cp_async_wait<0>();
+  __syncthreads();
+  for (int i = 0; i < 4; i++) words[lane * 4 + i] = reinterpret_cast<const uint32_t*>(memory)[lane * 4 + i];
+}
+
 inline __global__ void misaligned_copy(const uint16_t* from, uint32_t*) {
   R3D_DYNAMIC_SHARED(memory);
-  r3d::cuda::cp_async_16(memory, from + 1, true);
+  r3d::cuda::cp_async_16(memory, from + 1, 16);
 }
 inline __global__ void misaligned_matrix(const uint16_t*, uint32_t* words) {
   R3D_DYNAMIC_SHARED(memory);

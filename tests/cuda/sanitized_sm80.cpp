@@ -25,17 +25,23 @@ static ConvGeometry geometry(int64_t n, int64_t c, Dim3 in, int64_t k, Dim3 kern
   return g;
 }
 
-static int convolution(const ConvGeometry& g, DType dtype, bool residual, sm80::Choice choice, bool short_x) {
-  const int64_t bytes = element_size(dtype), outputs = g.pixels() * g.k;
-  std::vector<char> weight(g.k * g.reduction() * bytes), y(outputs * bytes), r(outputs * bytes);
+// `padded`: pixels at whole chunks. A tensor ends with the last channel that is its own: what x and the
+// residual have behind that must not be read, and is there in y alone.
+static int convolution(const ConvGeometry& g, DType dtype, bool residual, sm80::Choice choice, bool short_x,
+                       bool padded = false) {
+  const int64_t bytes = element_size(dtype);
+  const int64_t c = padded ? sm80::pitch_of(g.c, dtype) : g.c, k = padded ? sm80::pitch_of(g.k, dtype) : g.k;
+  std::vector<char> weight(g.k * g.reduction() * bytes), y(g.pixels() * k * bytes), r(y.size());
   std::vector<char> packed(g.k * sm80::layout_of(g, dtype).row_elements * bytes);
-  std::vector<char> x(g.n * g.c * g.in.volume() * bytes - (short_x ? sm80::kChunk : 0));
+  std::vector<char> x((g.n * c * g.in.volume() - (c - g.c)) * bytes - (short_x ? sm80::kChunk : 0));
   std::vector<float> scale(g.k, 1.f), bias(g.k, 0.5f);
   int failures = check("pack", sm80::pack(g, dtype, weight.data(), dtype, packed.data(), nullptr));
-  const int64_t row = g.in.w * g.c, plane = row * g.in.h;
+  const int64_t row = g.in.w * c, plane = row * g.in.h;
   const sm80::Call call{{g, dtype, x.data(), packed.data(), bias.data(), residual ? r.data() : nullptr,
                          y.data(), Activation::kRelu},
-                        {plane * g.in.d, 1, plane, row, g.c},
+                        {plane * g.in.d, 1, plane, row, c},
+                        k,
+                        k,
                         scale.data(),
                         2,
                         choice};
@@ -74,6 +80,8 @@ int main(int argc, char**) {
                                 choice, false);
         failures += convolution(geometry(1, 3, {2, 9, 11}, 24, {3, 7, 7}, {1, 2, 2}, {1, 3, 3}), dtype, late,
                                 choice, false);
+        failures += convolution(geometry(2, 45, {2, 3, 5}, 75, {3, 1, 3}, {1, 1, 2}, {1, 0, 1}), dtype, late,
+                                choice, false, true);
       }
     for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
       for (int64_t c : {1, 8, 45}) failures += pool_and_head(c, dtype);

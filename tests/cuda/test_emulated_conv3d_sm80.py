@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_keeps_promise, relative_error
 
+from r3d_kernels.ops.conv3d_sm90 import in_rows
 from r3d_kernels.problems import ConvProblem
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,9 +23,14 @@ def geometry(p: ConvProblem):
 
 
 class Case:
-    """The tensors of a problem, and what the kernel makes of them."""
+    """The tensors of a problem, and what the kernel makes of them.
 
-    def __init__(self, text: str, dtype: torch.dtype, *, scale: bool = True, seed: int = 0) -> None:
+    `padded`: pixels of x, residual and y begin at multiples of 16 bytes, and NaN lies between them.
+    """
+
+    def __init__(
+        self, text: str, dtype: torch.dtype, *, scale: bool = True, seed: int = 0, padded: bool = False
+    ) -> None:
         p = self.p = ConvProblem.parse(text)
         self.dtype = dtype
         g = torch.Generator().manual_seed(seed)
@@ -33,8 +39,11 @@ class Case:
             return torch.randn(shape, generator=g)
 
         def place(t: torch.Tensor) -> torch.Tensor:
+            if padded:
+                return in_rows(t.to(dtype), float("nan"))
             return t.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
+        self.pitch = p.k + -p.k % (16 // dtype.itemsize) if padded else 0
         self.x = place(normal(p.n, p.c, p.d, p.h, p.w))
         self.weight = (normal(p.k, p.c, *p.kernel) / (p.c * torch.tensor(p.kernel).prod()) ** 0.5).to(dtype)
         self.scale = 0.5 + normal(p.k).abs() if scale else None
@@ -59,7 +68,7 @@ class Case:
         self.y.fill_(float("nan"))
         self.scratch = emu.conv3d(
             *geometry(self.p), CODES[self.dtype], relu, self.x.data_ptr(), strides, packed.data_ptr(), *pointers,
-            tile, splits,
+            tile, splits, residual_pitch=self.pitch, y_pitch=self.pitch,
         )  # fmt: skip
         return self.y
 
@@ -140,6 +149,53 @@ def test_split_sums(emu80, text, splits):
         assert case.run(emu80, 2, splits) is case.y
         case.check()
         assert case.scratch >= splits * case.p.n * case.y[0].numel() * 4
+
+
+def between(y: torch.Tensor) -> torch.Tensor:
+    """What lies behind the channels of each pixel."""
+    n, k, d, h, w = y.shape
+    pitch = y.stride(4)
+    return y.as_strided((n, d, h, w, pitch), (d * h * w * pitch, h * w * pitch, w * pitch, pitch, 1))[..., k:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n2c45d3h4w5k64f3x1x1p1x0x0+res+relu",
+        "n1c45d2h3w5k230f1x3x3p0x1x1+res",
+        "n2c13d3h5w6k41f3s2p0x1x2+relu",  # three paddings, groups of 8 with 5 and with 1 channel of their own
+        "n1c70d2h5w9k45f1x3x3p0x1x1l1x2x1+res+relu",
+        "n1c3d4h9w10k45f1x7x7s1x2x2p0x3x3+relu",  # a stem, whose x is copied in any case
+        "n1c2d2h3w4k3f2p1+res",
+        "n1c64d2h3w5k64f3p1+res+relu",
+    ],
+    **IDS,
+)
+def test_pixels_at_whole_chunks(emu80, text):
+    """Channels that are no multiple of 8: read and written in place, whatever lies between the pixels."""
+    for dtype in CODES:
+        case = Case(text, dtype, padded=True)
+        dense = Case(text, dtype)
+        for tile, splits in ((0, 1), (1, 1), (2, 1), (2, 3)):
+            y = case.run(emu80, tile, splits)
+            case.check()
+            assert not between(y).any()  # zeros, and so no NaN for whoever reads whole chunks
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            assert torch.equal(
+                y.contiguous().view(bits), dense.run(emu80, tile, splits).contiguous().view(bits)
+            )
+            partial = splits * case.p.n * math.prod(case.p.out_size) * (case.p.k + -case.p.k % 8) * 4
+            if case.p.c > 3:
+                assert case.scratch == (partial if splits > 1 else 0)  # no copy of x
+
+
+def test_behind_the_channels_stay_zeros_under_nan(emulated80):
+    case = Case("n1c45d2h3w5k13f3p1+res", torch.bfloat16, padded=True)
+    case.x.fill_(float("nan"))
+    for splits in (1, 2):
+        y = case.run(emulated80, 2, splits)
+        assert y.isnan().all()
+        assert not between(y).any()
 
 
 def test_every_timing_gives_the_same_bits(emulated80, timings):

@@ -61,6 +61,16 @@ def test_matrix_loads(emulated80):
     assert torch.equal(words, torch.cat([e.flatten() for e in expected]))
 
 
+def test_copies_of_less_than_sixteen_bytes_end_in_zeros(emulated80):
+    numbers = torch.arange(1, 32 * 8 + 1, dtype=torch.int16)
+    words = torch.empty(352, dtype=torch.int32)
+    emulated80.load_matrices(numbers.data_ptr(), words.data_ptr(), "partial_copies")
+    want = numbers.view(torch.uint8).view(32, 16).clone()
+    for lane in range(32):
+        want[lane, 0 if lane == 31 else lane % 17 :] = 0
+    assert torch.equal(words[:128].view(torch.uint8).view(32, 16), want)
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"), [("misaligned_copy", "cp.async"), ("misaligned_matrix", "ldmatrix")]
 )

@@ -50,6 +50,18 @@ def test_fakes(dtype):
         assert counter.get_total_flops() == 2 * P.macs
         raw = torch.empty(1, 3, 2, 4, 4, dtype=torch.uint8, device="cuda")
         assert op.clip_channels_last(raw, None, None, dtype).dtype == dtype
+        # 45 channels: a pixel begins at every multiple of 16 bytes
+        narrow = op.conv3d_sm80_pack(
+            torch.empty(45, P.c, *P.kernel, device="cuda"), dtype, P.stride, P.dilation
+        )
+        bias = torch.empty(45, device="cuda")
+        for y in (
+            op.conv3d_sm80(x, narrow, None, bias, None, 45, P.kernel, *geometry, "relu"),
+            op.conv3d_sm80_clip(x, None, None, narrow, None, bias, 45, P.kernel, *geometry, "relu"),
+        ):
+            d, h, w = P.out_size
+            assert tuple(y.shape) == (P.n, 45, *P.out_size)
+            assert y.stride() == (d * h * w * 48, 1, h * w * 48, w * 48, 48)
 
 
 @compiled

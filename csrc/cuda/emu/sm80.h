@@ -31,10 +31,11 @@ class AsyncCopies {
     return copies;
   }
 
-  void copy(void* to, const void* from, bool real) {
+  void copy(void* to, const void* from, int real) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || (real && reinterpret_cast<uintptr_t>(from) % 16))
       throw std::runtime_error("cp.async of 16 bytes at an address that is no multiple of 16");
-    const Copy made{to, real ? from : nullptr};
+    if (real < 0 || real > 16) throw std::runtime_error("cp.async reads 0 to 16 bytes");
+    const Copy made{to, from, real};
     if (settings().late_copies)
       thread().open.push_back(made);
     else
@@ -59,7 +60,8 @@ class AsyncCopies {
  private:
   struct Copy {
     void* to;
-    const void* from;  // null: zeros
+    const void* from;
+    int real;  // bytes; zeros behind them
   };
   struct Thread {
     std::vector<Copy> open;
@@ -67,10 +69,8 @@ class AsyncCopies {
   };
 
   static void land(const Copy& c) {
-    if (c.from)
-      std::memcpy(c.to, c.from, 16);
-    else
-      std::memset(c.to, 0, 16);
+    std::memset(c.to, 0, 16);
+    if (c.real) std::memcpy(c.to, c.from, size_t(c.real));
   }
 
   Thread& thread() {
@@ -146,7 +146,7 @@ inline const float* f16_table() {
 
 namespace r3d::cuda {
 
-inline void cp_async_16(void* to, const void* from, bool real) {
+inline void cp_async_16(void* to, const void* from, int real) {
   emu::AsyncCopies::get().copy(to, from, real);
 }
 inline void cp_async_commit() { emu::AsyncCopies::get().commit(); }

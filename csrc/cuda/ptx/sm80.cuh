@@ -19,11 +19,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes past the registers, or writes 16 zeros without reading where `real` is false. Both
-// addresses are multiples of 16.
-__device__ __forceinline__ void cp_async_16(void* to, const void* from, bool real) {
+// Copies the first `real` of 16 bytes past the registers and writes zeros for the others, which are not read.
+// Both addresses are multiples of 16; `from` may point anywhere where nothing is real.
+__device__ __forceinline__ void cp_async_16(void* to, const void* from, int real) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(real ? 16 : 0)
+               "r"(real)
                : "memory");
 }
 
