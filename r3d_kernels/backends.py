@@ -65,7 +65,8 @@ class backend(contextlib.ContextDecorator):
         name: "cpu", "cuda" or "triton" for our kernels of that kind, "torch" for torch's own (stock layers and oneDNN),
             "auto" for the fastest. A layer that the backend cannot run takes the stock layers; `explain` says why.
 
-    `R3D_KERNELS_BACKEND` does the same for a whole process; the block wins over the variable.
+    `R3D_KERNELS_BACKEND` does the same for a whole process; the block wins over the variable. Graphs of `torch.compile`
+    look at both when they run: the block belongs around the call.
 
     Raises:
         ValueError: for any other name.

@@ -15,6 +15,7 @@ from numerics import relative_error
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import r3d_kernels as r3d
@@ -471,7 +472,7 @@ def operands(
     conv, bn = layer.conv, layer.bn
     norm = [t.detach() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)]
     geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-    return (x, conv.weight.detach(), None, *norm, bn.eps, residual, *geometry, "relu", None, None, None)
+    return (x, conv.weight.detach(), None, norm, bn.eps, residual, *geometry, "relu", None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +507,7 @@ def test_strides_are_those_of_the_fake(monkeypatch, shape) -> None:
             real = operands(layer, x)
             y = torch.ops.r3d_kernels.conv3d_bn_act(*real)
             with FakeTensorMode() as mode:
-                fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in real]
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, real)
                 fake = torch.ops.r3d_kernels.conv3d_bn_act(*fakes)
             assert (y.shape, y.stride(), y.dtype) == (fake.shape, fake.stride(), fake.dtype)
             with torch.no_grad():

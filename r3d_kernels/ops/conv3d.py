@@ -75,11 +75,11 @@ def in_graph(
     clip: tuple[tuple[float, ...] | None, tuple[float, ...] | None, torch.dtype] | None = None,
 ) -> Tensor:
     """`LayerState.run` as one node of the graph that Dynamo traces; `clip` is mean, std and dtype of a `ClipSource`."""
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    *tensors, eps = norm or (0.0,)
+    geometry = (stride, padding, dilation, groups)
     return torch.ops.r3d_kernels.conv3d_bn_act(
-        x, weight, conv_bias, mean, var, gamma, beta, eps, residual, stride, padding, dilation, groups, activation,
-        *(clip or (None, None, None)),
-    )  # fmt: skip
+        x, weight, conv_bias, tensors, eps, residual, *geometry, activation, *(clip or (None, None, None))
+    )
 
 
 def conv3d_bn_act(

@@ -17,10 +17,11 @@ from r3d_kernels.ops._flops import flop_formula
 from r3d_kernels.ops.clip import ClipSource
 from r3d_kernels.ops.conv3d import empty_output
 
-_library = torch.library.Library("r3d_kernels", "FRAGMENT")  # `custom_op` would take as long as a small layer
+_library = torch.library.Library("r3d_kernels", "FRAGMENT")  # `custom_op` would add Python to every call
 _library.define(
-    "conv3d_bn_act(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
-    "float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str? activation, "
+    # norm: mean, var, gamma, beta, or nothing; the clip's numbers as in ClipSource.of, where x is a raw one
+    "conv3d_bn_act(Tensor x, Tensor weight, Tensor? conv_bias, Tensor?[] norm, float eps, Tensor? residual, "
+    "int[] stride, int[] padding, int[] dilation, int groups, str? activation, "
     "float[]? clip_mean, float[]? clip_std, ScalarType? clip_dtype) -> Tensor",
     # inductor's own CUDA graphs leave it out: they would hold weights packed before, and nobody would look at a replay
     # whether the parameters have changed since (GraphedModel does).
@@ -32,10 +33,7 @@ def _run(
     x: Tensor,
     weight: Tensor,
     conv_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    norm: Sequence[Tensor | None],
     eps: float,
     residual: Tensor | None,
     stride: Sequence[int],
@@ -47,13 +45,13 @@ def _run(
     clip_std: Sequence[float] | None,
     clip_dtype: torch.dtype | None,
 ) -> Tensor:
-    norm = None if mean is None or var is None else (mean, var, gamma, beta, eps)
     source = None
     if clip_dtype is not None:
-        numbers = (None if values is None else tuple(values) for values in (clip_mean, clip_std))
-        source = ClipSource.of(x, *numbers, clip_dtype)
+        means, stds = (None if values is None else tuple(values) for values in (clip_mean, clip_std))
+        source = ClipSource.of(x, means, stds, clip_dtype)
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    y = state_of_weight(weight).run(x, residual, weight, conv_bias, norm, *geometry, activation, source)
+    batch_norm = (*norm, eps) if norm else None
+    y = state_of_weight(weight).run(x, residual, weight, conv_bias, batch_norm, *geometry, activation, source)
     # As the fake has promised: stock layers keep the input's format, and a kernel may leave gaps between pixels.
     y = y.contiguous(memory_format=torch.channels_last_3d)
     _, k, d, h, w = y.shape
@@ -70,21 +68,15 @@ def _(
     x: Tensor,
     weight: Tensor,
     conv_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    norm: Sequence[Tensor | None],
     eps: float,
     residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    clip_mean: Sequence[float] | None,
-    clip_std: Sequence[float] | None,
-    clip_dtype: torch.dtype | None,
+    *others: object,
 ) -> Tensor:
+    *_, clip_dtype = others
     torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
     return empty_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation, clip_dtype)
 
