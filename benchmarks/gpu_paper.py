@@ -50,26 +50,50 @@ class Layout:
     slices: int
     slice_pixels: int  # wgmma's N
     slice_channels: int
-    stage_bytes: int
+    stage_bytes: int  # all that a step loads
     stages: int
+    weight_stages: int  # of one tap each, where weights have a ring of their own; else 0
     shared_bytes: int
 
 
 def layout(tile: tuple[int, int, int]) -> Layout:
     pixels, channels, taps = tile
     slices = 2 if channels == 64 else 1
-    stage = (pixels + taps * channels) * DEPTH * 2
+    pixel_bytes, weight_bytes = pixels * DEPTH * 2, channels * DEPTH * 2
+    stage = pixel_bytes + taps * weight_bytes
     staging = pixels * channels * 2
     control = CONTROL + (128 * CONSUMERS * 16 if taps > 1 else 0)
-    stages = min(8, (SHARED - control - staging) // stage)
+    room = SHARED - control - staging
+    stages, weight_stages, ring = min(8, room // stage), 0, 0
+    if taps > 1:
+        stages = max(3, stages)
+        weight_stages = min(16, (room - stages * pixel_bytes) // weight_bytes)
+        ring = stages * pixel_bytes + weight_stages * weight_bytes
+    ring = ring or stages * stage
     return Layout(
         slices,
         pixels // slices,
         channels * slices // CONSUMERS,
         stage,
         stages,
-        stages * stage + staging + control,
+        weight_stages,
+        ring + staging + control,
     )
+
+
+def spare_clocks(tile: tuple[int, int, int], latency: int = 900) -> int:
+    """Clocks between the arrival of a load and its use, in a block that never waits; below zero it does.
+
+    A stage is loaded again once it has been read. `latency`: of a load from L2, before its first byte.
+    """
+    pixels, channels, taps = tile
+    part, clocks = layout(tile), step(tile).cycles
+    if not part.weight_stages:
+        return (part.stages - 1) * clocks - latency - ceil_div(part.stage_bytes, L2_PER_CLOCK)
+    # Loads are asked for in their order: none of pixels before the weights in front of it.
+    tap = clocks // taps
+    behind = min((part.stages - 1) * clocks, (part.weight_stages - 1) * tap)
+    return behind - latency - ceil_div(max(pixels, channels) * DEPTH * 2, L2_PER_CLOCK)
 
 
 @dataclass(frozen=True)

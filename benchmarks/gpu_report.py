@@ -311,10 +311,15 @@ def check_sm90_streams() -> dict[str, Any]:
 
 def sm90_speed(network: str, batch: int) -> dict[str, Any]:
     require_sm90()
+    from r3d_kernels.ops.conv3d_sm90 import proven_tiles
+
+    usable = functools.partial(proven_tiles, torch.cuda.current_device())
     rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
     head = {"network": network, "batch": batch, "matmul_tflop_per_s": rate}
     seconds = functools.partial(gpu_seconds, rounds=9)
-    rows = gpu_sm90.speed(seconds, rate, network, batch, note=lambda rows: progress(layers=rows, **head))
+    rows = gpu_sm90.speed(
+        seconds, rate, network, batch, note=lambda rows: progress(layers=rows, **head), usable=usable
+    )
     return {**head, "layers": rows, **gpu_sm90.shares(rows)}
 
 

@@ -213,12 +213,17 @@ def speed(
     batch: int,
     device: str = "cuda",
     note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    usable: Callable[[bool], int] = lambda padded: -1,
 ) -> list[dict[str, Any]]:
-    """Each layer of a network that the kernel takes, against cuDNN; `rate`: TFLOP/s of matrix products, same run."""
+    """Each layer of a network that the kernel takes, against cuDNN; `rate`: TFLOP/s of matrix products, same run.
+
+    `usable`: bits of the tiles that a layer may use here, for channels that are no multiple of 8 or for others.
+    """
     rows = []
     for name, p in _layers(network, batch):
         w = work(p, torch.bfloat16, device=device)
-        calls, why_not = {"ours": w.ours, "stock": w.stock}, None
+        bits = usable(bool(p.c % 8 or p.k % 8))
+        calls, why_not = {"ours": partial(w.ours, bits), "stock": w.stock}, None
         try:
             w.cudnn_fused()
             calls["cudnn_fused"] = w.cudnn_fused

@@ -765,14 +765,18 @@ def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise RuntimeError("GET was unable to find an engine\nmore")
             return torch.empty(0)
 
+        def ours(self, tiles: int = -1, split: int = 0) -> torch.Tensor:
+            assert tiles == 0b101
+            return torch.empty(0)
+
+    def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        calls["ours"]()
+        return {name: times[name] for name in calls}
+
     monkeypatch.setattr(gpu_sm90, "work", lambda p, dtype, device: seen.append(p) or Work(p, *[None] * 5))
     times = {"ours": 1e-3, "stock": 2e-3, "cudnn_fused": 1.5e-3}
     rows = gpu_sm90.speed(
-        lambda calls: {name: times[name] for name in calls},
-        500.0,
-        "r3d_18",
-        2,
-        note=lambda r: noted.append(len(r)),
+        seconds, 500.0, "r3d_18", 2, note=lambda r: noted.append(len(r)), usable=lambda padded: 0b101
     )
     assert len(rows) == len(seen) == 14  # all but the stem
     assert noted == list(range(1, 15))

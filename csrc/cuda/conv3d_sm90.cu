@@ -6,6 +6,7 @@
 // under way, and stores the finished tile while the consumer is at the next one.
 //
 //   ring      full[s]: the bytes of a stage have landed.  empty[s]: the consumers' warps have read it.
+//             weights_full, weights_empty: the same for weights, where they have a ring of their own.
 //   staging   open[c]: free, and the residual is there.    done[c]: consumer c has written its outputs,
 //   fenced.
 #include "conv3d_sm90.h"
@@ -57,39 +58,59 @@ struct Sm90Kernel {
   static constexpr Sm90Layout layout = sm90_layout(tile);
   static constexpr int kN = layout.slice_pixels;
   static constexpr int kBlocks = layout.slice_channels / 64;  // wgmma's M is 64
-  static constexpr int kStages = layout.stages;
+  static constexpr int kStages = layout.stages, kWeightStages = layout.weight_stages;
+  static constexpr bool kApart = kWeightStages > 0;  // weights have a ring of their own
   static constexpr int kStagingBytes = layout.staging_bytes / kSm90Consumers;
   static constexpr int kRow = kSm90Depth * 2;  // bytes
   static_assert(kStages >= 2, "the ring needs a stage to load while another is read");
+  static_assert(!kApart || kWeightStages > tile.taps,
+                "the next step's weights are loaded while this one's are read");
   static_assert(kN % 16 == 0, "the epilogue handles sixteen pixels at a time");
   static_assert((kN * kRow) % 1024 == 0, "every operand begins where the swizzle pattern does");
+  static_assert((2 * (kStages + kWeightStages) + 2 * kSm90Consumers) * 8 + 4 * kSm90Consumers <= kSm90Control,
+                "barriers and flags fit in");
 
   // Shared memory, in this order.
-  char* stages;
+  char* ring;
   char* staging;
-  uint64_t *full, *empty, *open, *done;
+  uint64_t *full, *empty, *weights_full, *weights_empty, *open, *done;
   int* last;    // [consumer]: this part of a split sum was the last to finish
   char* spare;  // 16 bytes a thread
 
   __device__ __forceinline__ explicit Sm90Kernel(char* shared)
-      : stages(shared),
-        staging(shared + kStages * layout.stage_bytes),
+      : ring(shared),
+        staging(shared + layout.ring_bytes),
         full(reinterpret_cast<uint64_t*>(staging + layout.staging_bytes)),
         empty(full + kStages),
-        open(empty + kStages),
+        weights_full(empty + kStages),
+        weights_empty(weights_full + kWeightStages),
+        open(weights_empty + kWeightStages),
         done(open + kSm90Consumers),
         last(reinterpret_cast<int*>(done + kSm90Consumers)),
         spare(staging + layout.staging_bytes + kSm90Control) {}
 
   __device__ __forceinline__ char* pixels(int stage, int slice) const {
-    return stages + stage * layout.stage_bytes + slice * kN * kRow;
+    return ring + stage * (kApart ? layout.pixel_bytes : layout.stage_bytes) + slice * kN * kRow;
   }
-  __device__ __forceinline__ char* weights(int stage, int tap, int channel) const {
-    return stages + stage * layout.stage_bytes + layout.pixel_bytes + (tap * tile.channels + channel) * kRow;
+  // `stage` of the weights' own ring, or of the one.
+  __device__ __forceinline__ char* weights(int stage, int channel) const {
+    return ring +
+           (kApart ? kStages * layout.pixel_bytes + stage * layout.weight_bytes
+                   : stage * layout.stage_bytes + layout.pixel_bytes) +
+           channel * kRow;
   }
   // One block of 64 channels: [pixel][64], swizzled.
   __device__ __forceinline__ char* block(int consumer, int m) const {
     return staging + consumer * kStagingBytes + m * kN * kRow;
+  }
+};
+
+// Where a ring is read or filled: a stage, and the parity of the phase that its barriers are in.
+template <int kStages>
+struct Turn {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
   }
 };
 
@@ -150,27 +171,44 @@ template <class K>
 __device__ __forceinline__ void load_tiles(const K& k, const Sm90Params& p, const void* x, const void* w) {
   hopper::prefetch(x);
   hopper::prefetch(w);
-  int stage = 0, phase = 0;
-  const int bytes = (p.load_pixels * K::layout.slices + K::tile.channels * K::tile.taps) * K::kRow;
+  Turn<K::kStages> at;
+  Turn<K::kWeightStages> weights_at;
+  const int bytes = p.load_pixels * K::layout.slices * K::kRow + (K::kApart ? 0 : K::layout.weight_bytes);
   for (Tiles t(p); t.more(); t.next()) {
     Corner corners[2];
 #pragma unroll
     for (int i = 0; i < K::layout.slices; i++) corners[i] = corner<K>(p, t.at.pixel, i);
+    // counted on, not divided: the smallest tiles multiply a step in 128 clocks
     int c = t.begin % p.depth_steps, tap = t.begin / p.depth_steps;
+    int s = tap % p.kernel_w, r = tap / p.kernel_w % p.kernel_h, d = tap / (p.kernel_w * p.kernel_h);
     for (int step = t.begin; step < t.end; step++) {
-      const int s = tap % p.kernel_w, r = tap / p.kernel_w % p.kernel_h, d = tap / (p.kernel_w * p.kernel_h);
-      hopper::mbarrier_wait(k.empty + stage, phase ^ 1);
-      hopper::mbarrier_arrive_expect(k.full + stage, bytes);
+      hopper::mbarrier_wait(k.empty + at.stage, at.phase ^ 1);
+      hopper::mbarrier_arrive_expect(k.full + at.stage, bytes);
 #pragma unroll
       for (int i = 0; i < K::layout.slices; i++)
-        hopper::load_im2col(k.pixels(stage, i), x, k.full + stage, c * kSm90Depth, corners[i].w, corners[i].h,
-                            corners[i].d, corners[i].n, s * p.dil_w, r * p.dil_h, d * p.dil_d);
+        hopper::load_im2col(k.pixels(at.stage, i), x, k.full + at.stage, c * kSm90Depth, corners[i].w,
+                            corners[i].h, corners[i].d, corners[i].n, s * p.dil_w, r * p.dil_h, d * p.dil_d);
 #pragma unroll
-      for (int i = 0; i < K::tile.taps; i++)
-        hopper::load_tile(k.weights(stage, i, 0), w, k.full + stage, c * kSm90Depth, tap * K::tile.taps + i,
+      for (int i = 0; i < K::tile.taps; i++) {
+        uint64_t* full = k.full + at.stage;
+        int stage = at.stage;
+        if constexpr (K::kApart) {
+          stage = weights_at.stage, full = k.weights_full + stage;
+          hopper::mbarrier_wait(k.weights_empty + stage, weights_at.phase ^ 1);
+          hopper::mbarrier_arrive_expect(full, K::layout.weight_bytes);
+          weights_at.next();
+        }
+        hopper::load_tile(k.weights(stage, 0), w, full, c * kSm90Depth, tap * K::tile.taps + i,
                           t.at.channel * K::tile.channels);
-      if (++c == p.depth_steps) c = 0, tap++;
-      if (++stage == K::kStages) stage = 0, phase ^= 1;
+      }
+      if (++c == p.depth_steps) {
+        c = 0, tap++;
+        if (++s == p.kernel_w) {
+          s = 0;
+          if (++r == p.kernel_h) r = 0, d++;
+        }
+      }
+      at.next();
     }
   }
 }
@@ -179,6 +217,8 @@ __device__ __forceinline__ void load_tiles(const K& k, const Sm90Params& p, cons
 template <class K>
 __device__ __forceinline__ void store_tiles(const K& k, const Sm90Params& p, int consumer,
                                             const void* residual, const void* y) {
+  hopper::prefetch(y);
+  if (p.has_residual) hopper::prefetch(residual);
   for (Tiles t(p); t.more(); t.next()) {
     const int channel =
         t.at.channel * K::tile.channels + (K::layout.slices == 1 ? consumer * 64 * K::kBlocks : 0);
@@ -288,34 +328,47 @@ __device__ __forceinline__ void multiply_tiles(const K& k, const Sm90Params& p, 
   const int slice = K::layout.slices == 1 ? 0 : consumer;
   const int channels =
       K::layout.slices == 1 ? consumer * 64 * K::kBlocks : 0;  // first of this consumer's in the tile
-  int stage = 0, phase = 0;
+  Turn<K::kStages> at;
+  Turn<K::kWeightStages> weights_at;
+  const bool leads = thread % 32 == 0;  // the lane that speaks for its warp
   for (Tiles t(p); t.more(); t.next()) {
     float acc[K::kBlocks][K::kN / 2];
-    int previous = -1;
+    int read = -1, weights_read = -1;  // stages of the products under way
     for (int step = t.begin; step < t.end; step++) {
-      hopper::mbarrier_wait(k.full + stage, phase);
-      hopper::wgmma_fence();
+      hopper::mbarrier_wait(k.full + at.stage, at.phase);
 #pragma unroll
-      for (int tap = 0; tap < K::tile.taps; tap++)
+      for (int tap = 0; tap < K::tile.taps; tap++) {
+        if constexpr (K::kApart) hopper::mbarrier_wait(k.weights_full + weights_at.stage, weights_at.phase);
+        const int weights_stage = K::kApart ? weights_at.stage : at.stage;
+        hopper::wgmma_fence();
 #pragma unroll
         for (int depth = 0; depth < kSm90Depth / 16; depth++)
 #pragma unroll
           for (int m = 0; m < K::kBlocks; m++)
             hopper::wgmma<T, K::kN>(
-                acc[m], hopper::descriptor(k.weights(stage, tap, channels + m * 64) + depth * 32),
-                hopper::descriptor(k.pixels(stage, slice) + (K::tile.taps > 1 ? tap * p.dil_w * K::kRow : 0) +
-                                   depth * 32),
+                acc[m], hopper::descriptor(k.weights(weights_stage, channels + m * 64) + depth * 32),
+                hopper::descriptor(k.pixels(at.stage, slice) +
+                                   (K::tile.taps > 1 ? tap * p.dil_w * K::kRow : 0) + depth * 32),
                 step > t.begin || tap > 0 || depth > 0);
-      hopper::wgmma_commit();
-      hopper::wgmma_wait<1>();  // the step before has read its stage
-      if (previous >= 0 && thread % 32 == 0) hopper::mbarrier_arrive(k.empty + previous);
-      previous = stage;
-      if (++stage == K::kStages) stage = 0, phase ^= 1;
+        hopper::wgmma_commit();
+        hopper::wgmma_wait<1>();  // the products before have read their operands
+        if (leads && tap == 0 && read >= 0) hopper::mbarrier_arrive(k.empty + read);
+        if constexpr (K::kApart) {
+          if (leads && weights_read >= 0) hopper::mbarrier_arrive(k.weights_empty + weights_read);
+          weights_read = weights_stage;
+          weights_at.next();
+        }
+      }
+      read = at.stage;
+      at.next();
     }
     hopper::wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < K::kBlocks; m++) hopper::settle(acc[m]);
-    if (thread % 32 == 0) hopper::mbarrier_arrive(k.empty + previous);
+    if (leads) {
+      hopper::mbarrier_arrive(k.empty + read);
+      if constexpr (K::kApart) hopper::mbarrier_arrive(k.weights_empty + weights_read);
+    }
 
     hopper::mbarrier_wait(k.open + consumer, t.number & 1);
     if (p.split == 1 || join(k, p, t, consumer, thread, acc))
@@ -340,6 +393,10 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     for (int s = 0; s < K::kStages; s++) {
       hopper::mbarrier_init(k.full + s, 1);
       hopper::mbarrier_init(k.empty + s, kSm90Consumers * 4);  // one lane of each warp
+    }
+    for (int s = 0; s < K::kWeightStages; s++) {
+      hopper::mbarrier_init(k.weights_full + s, 1);
+      hopper::mbarrier_init(k.weights_empty + s, kSm90Consumers * 4);
     }
     for (int c = 0; c < kSm90Consumers; c++) {
       hopper::mbarrier_init(k.open + c, 1);
@@ -458,7 +515,7 @@ const char* launch(int tile, const Maps& m, const Sm90Params& p, int grid, void*
 
 // The sentence with the geometry behind it; holds until the thread's next error.
 const char* describe(const char* error, const ConvGeometry& g, const Sm90Plan& plan) {
-  static thread_local char text[512];
+  static thread_local char text[1024];
   std::snprintf(text, sizeof text,
                 "%s (x [%lld, %lld, %lld, %lld, %lld], %lld channels, kernel %lldx%lldx%lld, stride "
                 "%lldx%lldx%lld, padding "

@@ -43,11 +43,17 @@ constexpr int kSm90Control = 1024;                        // bytes for barriers 
 
 struct Sm90Layout {
   int slices;  // parts of the pixels: a consumer has its own, or both have the same and differ in channels
-  int slice_pixels;    // wgmma's N
-  int slice_channels;  // channels of a consumer: one or two wgmma's M
-  int pixel_bytes, weight_bytes, stage_bytes, staging_bytes;
+  int slice_pixels;               // wgmma's N
+  int slice_channels;             // channels of a consumer: one or two wgmma's M
+  int pixel_bytes, weight_bytes;  // of a step; weights of one tap
+  int stage_bytes;                // all that a step loads
+  int staging_bytes;
   int control_bytes;  // with taps, and 16 bytes a thread for outputs that lie in the padding
-  int stages, shared_bytes;
+  // Stages of the ring: pixels and weights of a step. Where taps share their pixels, a step is too large for
+  // more than two, which would leave no time for a load: weights then have a ring of their own, one tap a
+  // stage.
+  int stages, weight_stages;
+  int ring_bytes, shared_bytes;
 };
 
 constexpr Sm90Layout sm90_layout(const Sm90Tile& t) {
@@ -56,13 +62,20 @@ constexpr Sm90Layout sm90_layout(const Sm90Tile& t) {
   l.slice_pixels = t.pixels / l.slices;
   l.slice_channels = t.channels * l.slices / kSm90Consumers;
   l.pixel_bytes = t.pixels * kSm90Depth * 2;
-  l.weight_bytes = t.taps * t.channels * kSm90Depth * 2;
-  l.stage_bytes = l.pixel_bytes + l.weight_bytes;
+  l.weight_bytes = t.channels * kSm90Depth * 2;
+  l.stage_bytes = l.pixel_bytes + t.taps * l.weight_bytes;
   l.staging_bytes = t.pixels * t.channels * 2;
   l.control_bytes = kSm90Control + (t.taps > 1 ? 128 * kSm90Consumers * 16 : 0);
-  const int room = (kSm90Shared - l.control_bytes - l.staging_bytes) / l.stage_bytes;
-  l.stages = room < 8 ? room : 8;
-  l.shared_bytes = l.stages * l.stage_bytes + l.staging_bytes + l.control_bytes;
+  const int room = kSm90Shared - l.control_bytes - l.staging_bytes;
+  l.stages = room / l.stage_bytes < 8 ? room / l.stage_bytes : 8;
+  if (t.taps > 1) {
+    if (l.stages < 3) l.stages = 3;
+    l.weight_stages = (room - l.stages * l.pixel_bytes) / l.weight_bytes;
+    if (l.weight_stages > 16) l.weight_stages = 16;
+  }
+  l.ring_bytes =
+      t.taps > 1 ? l.stages * l.pixel_bytes + l.weight_stages * l.weight_bytes : l.stages * l.stage_bytes;
+  l.shared_bytes = l.ring_bytes + l.staging_bytes + l.control_bytes;
   return l;
 }
 

@@ -95,6 +95,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       const Sm90Layout l = sm90_layout(t);
       py::dict d;
       d["pixels"] = t.pixels, d["channels"] = t.channels, d["taps"] = t.taps, d["stages"] = l.stages;
+      d["weight_stages"] = l.weight_stages;
       d["shared_bytes"] = l.shared_bytes, d["stage_bytes"] = l.stage_bytes,
       d["step_cycles"] = sm90_step_cycles(t);
       tiles.append(d);

@@ -41,9 +41,20 @@ def test_layouts_are_the_kernels(emulated_sm90):
         part = gpu_paper.layout(tile)
         assert (compiled["pixels"], compiled["channels"], compiled["taps"]) == tile
         assert compiled["stages"] == part.stages
+        assert compiled["weight_stages"] == part.weight_stages
         assert compiled["stage_bytes"] == part.stage_bytes
         assert compiled["shared_bytes"] == part.shared_bytes
         assert compiled["step_cycles"] == gpu_paper.step(tile).cycles
+
+
+def test_rings_are_deep_enough_for_the_latency_of_a_load():
+    """A ring of two stages would be read faster than it is filled: tiles whose taps share pixels would have one."""
+    for tile in TILES:
+        assert gpu_paper.spare_clocks(tile) > 0, tile
+    wide = gpu_paper.layout((240, 128, 3))
+    assert (wide.stages, wide.weight_stages) == (3, 4)
+    joint = gpu_paper.SHARED - (wide.shared_bytes - 3 * 240 * 128 - 4 * 128 * 128)
+    assert joint // wide.stage_bytes == 2
 
 
 @pytest.mark.parametrize("sms", [132, 114, 7])
