@@ -272,6 +272,10 @@ def test_a_graph_is_captured_again_when_the_numbers_change(monkeypatch):
         def replay(self, x):
             return self.model(x)
 
+        def release(self):
+            released.append(self)
+
+    released = []
     monkeypatch.setattr(graphs, "_Captured", Recorded)
     monkeypatch.setattr(graphs, "_require_cuda", lambda example: None)
     model, clip = network(), raw_clip()
@@ -281,6 +285,7 @@ def test_a_graph_is_captured_again_when_the_numbers_change(monkeypatch):
         assert not torch.equal(call(clip), first)
         model.clip_mean = MEAN
         assert torch.equal(call(clip), first)
+    assert len(released) == 4  # each change of the numbers drops a graph
 
 
 # ---- the way through the layer on a GPU, with kernels of the CPU in place of its own
