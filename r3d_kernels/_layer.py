@@ -234,19 +234,21 @@ def state_of_weight(weight: Tensor) -> LayerState:
 
 
 def state_of(conv: nn.Module) -> LayerState:
-    """The state kept beside a convolution's parameters: that of its weight, so that a graph has the same.
+    """The state kept beside a convolution's parameters: that of its weight where a graph has run it before.
 
     Modules that share a weight have one each: their norms differ.
     """
     state = conv.__dict__.get(_ATTRIBUTE)
     if state is None or state.owner is None:  # a copy belongs to nobody yet
-        of_weight = (
-            None if conv._parameters.get("weight") is None else state_of_weight(conv._parameters["weight"])
-        )
+        # Looked up, never made: a weak reference to the weight would forbid swapping it (torch.utils.swap_tensors).
+        weight = conv._parameters.get("weight")
+        of_weight = None if weight is None else _states.get(weight)
         other = None if of_weight is None or of_weight.owner is None else of_weight.owner()
-        state = LayerState() if of_weight is None or other not in (None, conv) else of_weight
+        if of_weight is not None and other in (None, conv):
+            state = conv.__dict__[_ATTRIBUTE] = of_weight
+        elif state is None:
+            state = conv.__dict__.setdefault(_ATTRIBUTE, LayerState())  # atomic: threads get the same one
         state.owner = weakref.ref(conv)
-        conv.__dict__[_ATTRIBUTE] = state
     return state
 
 

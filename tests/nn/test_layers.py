@@ -444,3 +444,15 @@ def test_explain_says_what_ran(monkeypatch) -> None:
     assert record.backend == "cpu"
     assert record.kernel.startswith("direct ")
     assert "backend 'cpu' asked for" in record.reason
+
+
+def test_parameters_can_be_swapped_after_a_run() -> None:
+    module = make_layer()
+    with torch.inference_mode():
+        module(X)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert module.conv.weight.dtype == torch.bfloat16
