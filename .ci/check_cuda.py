@@ -1,7 +1,9 @@
 """Compiles every csrc/cuda/*.cu to machine code and holds its registers, spills and shared memory against the
-table in csrc/cuda/resources.json. Needs nvcc and no GPU. tests/cuda/test_cubin.py checks instructions too.
+table in csrc/cuda/resources.json. Needs nvcc and no GPU. tests/cuda/test_cubin.py checks instructions too; with
+R3D_CUBIN_CACHE naming a folder, what one has compiled the other takes from there.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,14 +72,29 @@ class Nvcc:
     def knows(self, arch: str) -> bool:
         return self._knows(self.toolkit, arch)
 
+    @cached_property
+    def _ingredients(self) -> bytes:
+        """Changes when the compiler or any file that it may read does."""
+        version = subprocess.run([str(self.path), "--version"], capture_output=True, check=True).stdout
+        files = sorted(p for p in CUDA.parent.rglob("*") if p.is_file())
+        return version + b"".join(hashlib.sha256(p.read_bytes()).digest() + bytes(p) for p in files)
+
     def cubin(self, source: Path, arch: str, output: Path) -> list[Usage]:
         """Compiles; raises RuntimeError with the compiler's words where it fails."""
         number = arch.replace(".", "")
+        command = [
+            *(str(self.path), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"),
+            *(f"-gencode=arch=compute_{number},code=sm_{number}", str(source)),
+        ]
+        kept = None
+        if folder := os.environ.get("R3D_CUBIN_CACHE"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            kept = Path(folder, hashlib.sha256(self._ingredients + "\0".join(command).encode()).hexdigest())
+            if kept.with_suffix(".txt").exists():  # the last thing written
+                shutil.copyfile(kept.with_suffix(".cubin"), output)
+                return parse_ptxas(kept.with_suffix(".txt").read_text())
         run = subprocess.run(
-            [
-                *(str(self.path), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"),
-                *(f"-gencode=arch=compute_{number},code=sm_{number}", str(source), "-o", str(output)),
-            ],
+            [*command, "-o", str(output)],
             capture_output=True,
             text=True,
             check=False,
@@ -85,6 +104,9 @@ class Nvcc:
         lost = re.search(r"wgmma.* serialized|setmaxnreg.* ignored", run.stdout + run.stderr)
         if run.returncode != 0 or lost:
             raise RuntimeError(f"{source.name} does not compile for {arch}:\n{run.stdout}{run.stderr}")
+        if kept:
+            shutil.copyfile(output, kept.with_suffix(".cubin"))
+            kept.with_suffix(".txt").write_text(run.stdout + run.stderr)
         return parse_ptxas(run.stdout + run.stderr)
 
 
@@ -143,20 +165,22 @@ def main() -> int:
         print("check_cuda: no nvcc here, nothing checked")
         return 0
     problems, seen = [], set()
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources():
-            for arch in filter(nvcc.knows, ARCHS):
-                try:
-                    usages = nvcc.cubin(source, arch, Path(folder, "kernel.cubin"))
-                except RuntimeError as error:
-                    problems.append(str(error))
-                    continue
-                seen |= {usage.kernel for usage in usages}
-                problems += complaints(usages, arch)
-                most = max((usage.registers for usage in usages), default=0)
-                print(
-                    f"check_cuda: {source.name} for {arch}: {len(usages)} kernels, at most {most} registers"
-                )
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (source, arch): pool.submit(nvcc.cubin, source, arch, Path(folder, f"{source.stem}_{arch}.cubin"))
+            for source in sources()
+            for arch in filter(nvcc.knows, ARCHS)
+        }
+        for (source, arch), job in jobs.items():
+            try:
+                usages = job.result()
+            except RuntimeError as error:
+                problems.append(str(error))
+                continue
+            seen |= {usage.kernel for usage in usages}
+            problems += complaints(usages, arch)
+            most = max((usage.registers for usage in usages), default=0)
+            print(f"check_cuda: {source.name} for {arch}: {len(usages)} kernels, at most {most} registers")
     problems += [f"{name} is in csrc/cuda/resources.json, but no file has it" for name in set(table()) - seen]
     for problem in problems:
         print(f"check_cuda: {problem}", file=sys.stderr)

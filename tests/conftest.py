@@ -7,7 +7,11 @@ import tempfile
 # ask for it.
 os.environ["R3D_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="r3d-tests-")
 os.environ.setdefault("R3D_KERNELS_TUNE", "0")
+# Before OpenMP is loaded: thousands of tiny operations, between which waiting threads would spin and take the cores
+# from compilers and child processes. Most of the processor time of a test run was that.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import background
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,6 +24,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    seen = set()
+    for position, item in enumerate(session.items):
+        for name, job in getattr(getattr(item, "module", None), "AHEAD", {}).items():
+            if name in item.fixturenames and job is not None and job not in seen:
+                seen.add(job)
+                background.plan(job, position)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Behind the end of the collection, whichever conftest.py may plan there."""
+    if not session.config.option.collectonly:
+        background.start()
+
+
+def pytest_unconfigure() -> None:
+    background.finish()
 
 
 @pytest.fixture(autouse=True)

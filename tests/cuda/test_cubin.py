@@ -1,9 +1,11 @@
 """What nvcc makes of the kernels, read from the machine code. No GPU is needed."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,21 +27,24 @@ SOURCES = checks.sources()
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(source, arch) -> (cubin, usages), compiled on first use."""
+    """(source, arch) -> (cubin, usages); the first use has all of them compiled, as many at once as there are cores."""
     nvcc = checks.Nvcc.find()
     if nvcc is None:
         pytest.skip("no nvcc: CUDA kernels cannot be compiled here")
-    folder, done = tmp_path_factory.mktemp("cubin"), {}
+    folder, pool, jobs = tmp_path_factory.mktemp("cubin"), ThreadPoolExecutor(os.cpu_count()), {}
+    for source in SOURCES:
+        for arch in filter(nvcc.knows, checks.ARCHS):
+            cubin = folder / f"{source.stem}_{arch}.cubin"
+            jobs[source, arch] = cubin, pool.submit(nvcc.cubin, source, arch, cubin)
 
     def get(source, arch):
         if not nvcc.knows(arch):
             pytest.skip(f"nvcc {nvcc.toolkit.version} does not compile for {arch}")
-        if (source, arch) not in done:
-            cubin = folder / f"{source.stem}_{arch}.cubin"
-            done[source, arch] = cubin, nvcc.cubin(source, arch, cubin)
-        return done[source, arch]
+        cubin, job = jobs[source, arch]
+        return cubin, job.result()
 
-    return get
+    yield get
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("arch", checks.ARCHS)

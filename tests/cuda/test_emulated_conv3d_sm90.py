@@ -1,13 +1,10 @@
 """The very source of csrc/cuda/conv3d_sm90.cu, run on the CPU in every schedule and timing, against float64."""
 
 import itertools
-import os
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+import sanitizers
 import torch
 import torch.nn.functional as F
 from conftest_sm90 import geometry
@@ -15,7 +12,6 @@ from conftest_sm90 import geometry
 from r3d_kernels.ops.conv3d_sm90 import TILES, in_rows, trial_error
 from r3d_kernels.problems import LAYERS, ConvProblem
 
-HERE = Path(__file__).resolve().parent
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 TIMINGS = list(itertools.product([False, True], repeat=2))  # late copies, late products
 SMALL, SHARED = TILES.index((64, 64, 1)), TILES.index((352, 64, 3))
@@ -416,31 +412,17 @@ def test_plans(emu):
 # ---- out of bounds ----
 
 
-def test_the_kernel_stays_inside_its_buffers(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("the sanitized kernel needs a C++ compiler")
-    program = tmp_path / "sanitized_sm90"
-    flags = ["-std=c++17", "-O1", "-DR3D_EMU", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build = subprocess.run(
-        [
-            compiler,
-            *flags,
-            "-Wall",
-            "-Wno-unknown-pragmas",
-            str(HERE / "sanitized_sm90.cpp"),
-            "-o",
-            str(program),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if build.returncode != 0 and ("asan" in build.stderr or "ubsan" in build.stderr):
-        pytest.skip("this compiler has no sanitizer runtime")
-    assert build.returncode == 0, build.stderr
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=300)
+AHEAD = {"sanitized": sanitizers.compilation("sanitized_sm90.cpp")}
+
+
+@pytest.fixture
+def sanitized():
+    return sanitizers.program(AHEAD["sanitized"])
+
+
+def test_the_kernel_stays_inside_its_buffers(sanitized):
+    result = sanitized()
     assert result.returncode == 0, result.stdout + result.stderr
-    result = subprocess.run([str(program), "short"], capture_output=True, text=True, check=False, timeout=300)
+    result = sanitized("short")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr

@@ -1,14 +1,9 @@
 """The emulator itself: runs correct kernels, finds planted bugs, converts numbers as the hardware does."""
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+import sanitizers
 import torch
 
-HERE = Path(__file__).resolve().parent
 THREADS = 96
 
 
@@ -91,36 +86,12 @@ def test_conversions_agree_with_torch(emulated, name, dtype):
     assert torch.equal(got.view(torch.int16)[number], want.view(torch.int16)[number])
 
 
+AHEAD = {"sanitized": sanitizers.compilation("sanitized.cpp", "-g")}
+
+
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("the sanitized kernels need a C++ compiler")
-    program = tmp_path_factory.mktemp("sanitized") / "sanitized"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-DR3D_EMU",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    build = subprocess.run(
-        [compiler, *flags, "-Wall", "-Wno-unknown-pragmas", str(HERE / "sanitized.cpp"), "-o", str(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if build.returncode != 0 and ("asan" in build.stderr or "ubsan" in build.stderr):
-        pytest.skip("this compiler has no sanitizer runtime")
-    assert build.returncode == 0, build.stderr
-
-    def start(*arguments):
-        return subprocess.run(
-            [str(program), *arguments], capture_output=True, text=True, check=False, timeout=300
-        )
-
-    return start
+def sanitized():
+    return sanitizers.program(AHEAD["sanitized"])
 
 
 def test_kernels_stay_inside_their_buffers(sanitized):

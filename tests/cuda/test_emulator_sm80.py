@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+import sanitizers
 import torch
 
 
@@ -112,30 +108,12 @@ def test_rounding_to_tf32(emulated80):
     assert nan.isnan().all()
 
 
+AHEAD = {"sanitized": sanitizers.compilation("sanitized_sm80.cpp", "-g")}
+
+
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("the sanitized kernels need a C++ compiler")
-    program = tmp_path_factory.mktemp("sanitized_sm80") / "sanitized"
-    source = Path(__file__).resolve().parent / "sanitized_sm80.cpp"
-    flags = "-std=c++17 -O1 -g -DR3D_EMU -fsanitize=address,undefined -fno-sanitize-recover=all -Wall"
-    build = subprocess.run(
-        [compiler, *flags.split(), "-Wno-unknown-pragmas", str(source), "-o", str(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if build.returncode != 0 and ("asan" in build.stderr or "ubsan" in build.stderr):
-        pytest.skip("this compiler has no sanitizer runtime")
-    assert build.returncode == 0, build.stderr
-
-    def start(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [str(program), *arguments], capture_output=True, text=True, check=False, timeout=300
-        )
-
-    return start
+def sanitized():
+    return sanitizers.program(AHEAD["sanitized"])
 
 
 def test_kernels_stay_inside_their_buffers(sanitized):

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import background
 import pytest
 
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 TOOLS = COMPILER and shutil.which("nm") and shutil.which("objdump")
@@ -24,15 +26,29 @@ def functions(listing: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and binutils")
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx"])
-def test_shared_functions_run_on_every_processor(isa: str, tmp_path: Path) -> None:
-    """The linker keeps one copy of a weak symbol (an inline function, a template). A copy made here must not need more
-    than any processor has, unless its name carries the namespace of the instruction set."""
-    out = str(tmp_path / "kernels.o")
+def compilation() -> background.Job:
+    """One object file for each instruction set, in the folder of the job."""
     # -fno-inline: whatever could be emitted is emitted
     flags = ["-std=c++17", "-O1", "-fno-inline", "-w", "-fPIC", "-c"]
-    printed(COMPILER, *flags, str(CPU / f"kernels_{isa}.cpp"), "-o", out)
+    return background.Job([COMPILER, *flags, *(str(CPU / f"kernels_{isa}.cpp") for isa in ISAS)])
+
+
+AHEAD = {"objects": compilation()} if TOOLS else {}
+
+
+@pytest.fixture(scope="module")
+def objects() -> Path:
+    done = AHEAD["objects"].result(timeout=600)
+    assert done.returncode == 0, done.stderr
+    return AHEAD["objects"].folder
+
+
+@pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and binutils")
+@pytest.mark.parametrize("isa", ISAS)
+def test_shared_functions_run_on_every_processor(isa: str, objects: Path) -> None:
+    """The linker keeps one copy of a weak symbol (an inline function, a template). A copy made here must not need more
+    than any processor has, unless its name carries the namespace of the instruction set."""
+    out = str(objects / f"kernels_{isa}.o")
     symbols = printed("nm", "-C", "--defined-only", out).splitlines()
     weak = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1] in "WVu"]
     code = functions(printed("objdump", "-dC", "--no-show-raw-insn", out))

@@ -1,7 +1,7 @@
 """Tests that use the `interpreter` fixture run in a process of their own, under TRITON_INTERPRET=1.
 
 The variable has to be set before triton is imported, and would be in the way of everything else that uses triton. The
-child is started at the first such test, runs all that were selected, and its reports become this session's.
+child runs all that were selected, in the background (tests/background.py), and its reports become this session's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import background
 import pytest
 
 _CHILD = "R3D_TRITON_TEST_REPORTS"  # the file that the child writes its reports to
@@ -56,13 +57,20 @@ if os.environ.get(_CHILD):
 
 else:
 
+    def pytest_collection_finish(session: pytest.Session) -> None:
+        places = [i for i, item in enumerate(session.items) if _interpreted(item)]
+        if places:
+            ids = [session.items[i].nodeid for i in places]
+            session.stash[_process] = child = _Child(session.config.rootpath, ids)
+            background.plan(child.job, places[0])
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if not _interpreted(item):
             return None
         reports = item.session.stash.get(_reports, None)
         if reports is None:
-            reports = item.session.stash[_reports] = _run_child(item.session)
+            reports = item.session.stash[_reports] = item.session.stash[_process].reports()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in reports.get(item.nodeid) or [_missing(item, reports.get("", ""))]:
             item.ihook.pytest_runtest_logreport(report=report)
@@ -73,30 +81,33 @@ else:
         return True
 
 
-_reports = pytest.StashKey[dict]()
+class _Child:
+    """The process, and what it is asked to report."""
 
-
-def _run_child(session: pytest.Session) -> dict:
-    """nodeid -> the reports of its phases; "" -> what the child printed."""
-    ids = [item.nodeid for item in session.items if _interpreted(item)]
-    root = session.config.rootpath
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "reports"
-        path.touch()
-        env = {**os.environ, "TRITON_INTERPRET": "1", _CHILD: str(path), "PYTEST_ADDOPTS": ""}
+    def __init__(self, root: Path, ids: list[str]) -> None:
+        handle, self.path = tempfile.mkstemp(prefix="r3d-reports-")
+        os.close(handle)
+        env = {**os.environ, "TRITON_INTERPRET": "1", _CHILD: self.path, "PYTEST_ADDOPTS": ""}
         command = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", f"--rootdir={root}", *ids]
+        self.job = background.Job(command, env=env, cwd=str(root))
+
+    def reports(self) -> dict:
+        """nodeid -> the reports of its phases; "" -> what the child printed."""
         try:
-            done = subprocess.run(
-                command, cwd=root, env=env, capture_output=True, text=True, timeout=_TIMEOUT
-            )
+            done = self.job.result(_TIMEOUT)
             output = done.stdout + done.stderr
         except subprocess.TimeoutExpired as e:
             output = f"the interpreter took more than {_TIMEOUT} s\n{e.stdout!r}"
         reports: dict = {"": output}
-        for line in path.read_text().splitlines():
+        for line in Path(self.path).read_text().splitlines():
             report = pytest.TestReport._from_json(json.loads(line))
             reports.setdefault(report.nodeid, []).append(report)
-    return reports
+        os.unlink(self.path)
+        return reports
+
+
+_process = pytest.StashKey[_Child]()
+_reports = pytest.StashKey[dict]()
 
 
 def _missing(item: pytest.Item, output: str) -> pytest.TestReport:

@@ -125,12 +125,13 @@ void multiply(float* c, const uint32_t* a, const uint32_t* b, Widen widen) {
         for (int j = 0; j < 2; j++)
           columns[j][k] = widen(uint32_t(all[(2 * t + j) * 4 + lane][2] >> (32 * half)), i);
       }
-  for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 2; j++) {
-      double sum = c[2 * i + j];
-      for (int k = 0; k < 8 * width; k++) sum += double(rows[i][k]) * columns[j][k];
-      c[2 * i + j] = float(sum);
-    }
+  using Two __attribute__((vector_size(16))) = double;  // a row's two sums
+  Two sums[2] = {{c[0], c[1]}, {c[2], c[3]}};
+  for (int k = 0; k < 8 * width; k++) {
+    const Two right = {columns[0][k], columns[1][k]};
+    for (int i = 0; i < 2; i++) sums[i] += Two{rows[i][k], rows[i][k]} * right;
+  }
+  for (int i = 0; i < 4; i++) c[i] = float(sums[i / 2][i % 2]);
 }
 
 inline const float* f16_table() {
