@@ -4,8 +4,9 @@
 //
 // A policy V has: Reg (a vector of float32), kLanes, zero, load, store, broadcast, fma(a, b, c) = a*b + c,
 // add, relu (NaN stays NaN), load_bf16, store_bf16, partial forms of the loads and stores for the first n
-// lanes, transpose of kLanes vectors, whatever their bits mean, and last_in_memory(rows, vectors): whether a
-// tile of that size leaves no register for the last vector of weights, which fma_memory then multiplies.
+// lanes, transpose of kLanes vectors, whatever their bits mean, set, max_number(a, b) (NaN in b stays), and
+// last_in_memory(rows, vectors): whether a tile of that size leaves no register for the last vector of
+// weights.
 
 #include "conv3d_parameter.inl"
 #include "conv3d_turner.inl"
@@ -25,6 +26,12 @@ struct Tail {
   int valid;             // output channels of the panel that exist
   bool bf16, relu;
 };
+
+// Hides from the compiler where p comes from: what was loaded there has to be loaded again.
+template <class P>
+inline __attribute__((always_inline)) void forget(P& p) {
+  __asm__("" : "+r"(p));
+}
 
 // Multiplies float32 activations with float32 weights.
 template <class V>
@@ -52,10 +59,14 @@ struct MathF32 {
     for (int e = begin; e < end; ++e) {
       typename V::Reg w[NV];
       for (int j = 0; j < kHeld; ++j) w[j] = V::load(b + j * V::kLanes);
+      const float* last = b + kHeld * V::kLanes;
       for (int i = LO; i < HI; ++i) {
         const typename V::Reg v = V::broadcast(a[i] + e);
         for (int j = 0; j < kHeld; ++j) acc[i][j] = V::fma(v, w[j], acc[i][j]);
-        if constexpr (kMemory) V::fma_memory(v, b + kHeld * V::kLanes, acc[i][kHeld]);
+        if constexpr (kMemory) {
+          forget(last);  // a compiler would load it once, and run out of registers
+          acc[i][kHeld] = V::fma(v, V::load(last), acc[i][kHeld]);
+        }
       }
       b += NV * V::kLanes;
     }
@@ -141,6 +152,8 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
     for (int i = 0; i < MR; ++i) live |= at[i] != rows.zeros;
     if (!live) continue;
     any = true;
+    const typename Math::A* const* in = at;
+    forget(in);  // the pointers would be kept in vector registers
     int from = rows.from, to = rows.to < rows.steps ? rows.to : rows.steps;
     if constexpr (MR > 1) {
       // Products with padding at the ends of a line are left out: at one end, where the other end's pixel
@@ -149,11 +162,11 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
         from = to = rows.steps;
       else if (at[MR - 1] == rows.zeros && from == 0)
         from = to = 0;
-      if (from > 0) Math::template run<1, MR>(acc, at, offset, weights, 0, from);
+      if (from > 0) Math::template run<1, MR>(acc, in, offset, weights, 0, from);
     }
-    Math::template run<0, MR>(acc, at, offset, weights, from, to);
+    Math::template run<0, MR>(acc, in, offset, weights, from, to);
     if constexpr (MR > 1)
-      if (to < rows.steps) Math::template run<0, MR - 1>(acc, at, offset, weights, to, rows.steps);
+      if (to < rows.steps) Math::template run<0, MR - 1>(acc, in, offset, weights, to, rows.steps);
   }
   if (!any && !first && !tail) return;
   // Sums of chunks, then a sum of those: rounding grows with the two lengths, not with their product.
@@ -178,41 +191,34 @@ void tile(const Rows<typename Math::A>& rows, const char* weights, float* sums, 
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) acc[i][j] = V::fma(acc[i][j], scale, bias);
   }
+  // -inf is below everything, and NaN passes
+  const typename V::Reg floor = V::set(tail->relu ? 0.f : -__builtin_inff());
   const bool bf16 = Math::kStep == 2 || tail->bf16;
-  if (tail->residual) {
-    if (bf16)
+  // Row by row: lines that follow one another are written one after another.
+  auto finish = [&](auto residual) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 16
-        for (int j = 0; j < NV; ++j)
-          acc[i][j] =
-              V::add(acc[i][j],
-                     V::load_bf16(reinterpret_cast<const uint16_t*>(tail->residual + i * tail->row_bytes) +
-                                  j * V::kLanes));
-    else
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 16
-        for (int j = 0; j < NV; ++j)
-          acc[i][j] = V::add(
-              acc[i][j],
-              V::load(reinterpret_cast<const float*>(tail->residual + i * tail->row_bytes) + j * V::kLanes));
-  }
-  if (tail->relu)
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) acc[i][j] = V::relu(acc[i][j]);
-  if (bf16)
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-      Math::template store_row<NV>(reinterpret_cast<uint16_t*>(tail->y + i * tail->row_bytes), acc[i]);
-  else
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j)
-        V::store(reinterpret_cast<float*>(tail->y + i * tail->row_bytes) + j * V::kLanes, acc[i][j]);
+        acc[i][j] = V::max_number(floor, residual(acc[i][j], i * tail->row_bytes, j * V::kLanes));
+      char* y = tail->y + i * tail->row_bytes;
+      if (bf16)
+        Math::template store_row<NV>(reinterpret_cast<uint16_t*>(y), acc[i]);
+      else
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j) V::store(reinterpret_cast<float*>(y) + j * V::kLanes, acc[i][j]);
+    }
+  };
+  if (!tail->residual)
+    finish([](typename V::Reg v, int64_t, int) __attribute__((always_inline)) { return v; });
+  else if (bf16)
+    finish([&](typename V::Reg v, int64_t row, int j) __attribute__((always_inline)) {
+      return V::add(v, V::load_bf16(reinterpret_cast<const uint16_t*>(tail->residual + row) + j));
+    });
+  else
+    finish([&](typename V::Reg v, int64_t row, int j) __attribute__((always_inline)) {
+      return V::add(v, V::load(reinterpret_cast<const float*>(tail->residual + row) + j));
+    });
 }
 
 template <class A>
@@ -382,12 +388,18 @@ struct Direct {
     constexpr int kMax = V::direct_rows(NV);
     static constexpr Tiles<V, Math, NV, kMax> tiles{};
     const int from = rows.from, to = rows.to, most = rows_of_tile(NV, rows.turner != nullptr);
-    for (int i = 0; i < count;) {
-      const int in_line = line - i % line, left = count - i < in_line ? count - i : in_line;
+    // Rows of a block of one chunk that lie apart: no prefetcher finds the next ones.
+    const bool ask = rows.runs == 1 && g.stride.w > 1;
+    for (int i = 0, in_line = line; i < count;) {
+      const int left = count - i < in_line ? count - i : in_line;
       // an even split of the last rows: two tiles of 4 keep the multipliers busier than 6 + 2
       const int mr = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
-      rows.from = i % line == 0 ? from : 0;
+      rows.from = in_line == line ? from : 0;
       rows.to = mr == in_line ? to : rows.steps;
+      if (ask && count - i >= 2 * mr)
+        for (int q = mr; q < 2 * mr; ++q)
+          for (int o = 0; o < 4 && o * 16 < rows.steps; ++o)
+            __builtin_prefetch(reinterpret_cast<const char*>(rows.at[q] + rows.offset) + o * 64, 0, 3);
       tiles.fn[mr](rows, weights, sums + i * ld, ld, first, tail);
       rows.at += mr;
       if (tail) {
@@ -395,6 +407,7 @@ struct Direct {
         if (tail->residual) tail->residual += mr * tail->row_bytes;
       }
       i += mr;
+      in_line = in_line == mr ? line : in_line - mr;
     }
   }
 
@@ -421,12 +434,16 @@ struct Direct {
       tail.bf16 = args.dtype == DType::kBFloat16;
       const int64_t size = tail.bf16 ? 2 : 4, at = (m0 * args.g.k + k) * size;
       tail.valid = static_cast<int>(left < width ? left : width);
-      for (int j = 0; j < width; ++j) {
-        bias[j] = j < tail.valid ? args.bias[k + j] : 0.f;
-        scale[j] = d.scale && j < tail.valid ? d.scale[k + j] : 1.f;
+      tail.bias = args.bias + k;
+      tail.scale = d.scale ? d.scale + k : scale;
+      if (tail.valid < width || !d.scale) {
+        for (int j = 0; j < width; ++j) {
+          bias[j] = j < tail.valid ? args.bias[k + j] : 0.f;
+          scale[j] = d.scale && j < tail.valid ? d.scale[k + j] : 1.f;
+        }
+        tail.bias = bias;
+        tail.scale = scale;
       }
-      tail.bias = bias;
-      tail.scale = scale;
       tail.row_bytes = args.g.k * size;
       tail.y = static_cast<char*>(args.y) + at;
       tail.residual = args.residual ? static_cast<const char*>(args.residual) + at : nullptr;

@@ -22,10 +22,6 @@ struct V {
   static inline Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static inline Reg set(float v) { return _mm512_set1_ps(v); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  // c + a * *b. In assembly, since a compiler would load *b once and run out of registers.
-  static inline __attribute__((always_inline)) void fma_memory(Reg a, const void* b, Reg& c) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "m"(*static_cast<const __m512_u*>(b)));
-  }
   static inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }

@@ -17,7 +17,6 @@ struct V {
   static constexpr int direct_rows(int nv) { return max_rows(nv); }
   static constexpr bool last_in_memory(int, int) { return false; }
   static constexpr int kTurnTile = 0, kTurnVectors = 0;  // too few registers to turn weights beside products
-  static inline void fma_memory(Reg a, const float* b, Reg& c) { c = fma(a, load(b), c); }
 
   static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

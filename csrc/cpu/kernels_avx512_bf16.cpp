@@ -86,15 +86,17 @@ struct MathDot {
     for (int e = begin; e < end; ++e) {
       __m512bh w[NV];
       for (int j = 0; j < kHeld; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + j * 64));
+      const char* last = weights + kHeld * 64;
       for (int i = LO; i < HI; ++i) {
         int pair;
         __builtin_memcpy(&pair, a[i] + 2 * e, 4);
         const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
         for (int j = 0; j < kHeld; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], v, w[j]);
-        if constexpr (kMemory)
-          __asm__("vdpbf16ps %2, %1, %0"
-                  : "+v"(acc[i][kHeld])
-                  : "v"(v), "m"(*reinterpret_cast<const __m512_u*>(weights + kHeld * 64)));
+        if constexpr (kMemory) {
+          forget(last);
+          acc[i][kHeld] =
+              _mm512_dpbf16_ps(acc[i][kHeld], v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(last)));
+        }
       }
       weights += NV * 64;
     }

@@ -14,7 +14,6 @@ struct V {
   static constexpr int direct_rows(int nv) { return max_rows(nv); }
   static constexpr bool last_in_memory(int, int) { return false; }
   static constexpr int kTurnTile = 0, kTurnVectors = 0;  // too few registers to turn weights beside products
-  static inline void fma_memory(Reg a, const float* b, Reg& c) { c = fma(a, load(b), c); }
 
   static inline float from_bits(uint32_t u) {
     float f;
