@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -66,6 +67,7 @@ class Row:
     bytes: int
     arithmetic: str = "fp32"  # of the products: fp32 or bf16
     other_ms: float | None = None  # --against
+    ours_over_other: float | None = None  # paired_ratio: the machine's speed changes between rounds
     limit_ms: float = math.nan
     limit: str = ""  # of SHOWN
 
@@ -79,11 +81,6 @@ class Row:
         """Of the limit: 1 is as fast as the machine can be with this algorithm."""
         return self.limit_ms / self.ms
 
-    @property
-    def ratio(self) -> float | None:
-        """Time of ours over the other's: below 1, ours is faster."""
-        return None if self.other_ms is None else self.ms / self.other_ms
-
     def as_dict(self) -> dict[str, Any]:
         seconds = self.ms / 1e3
         return {
@@ -92,7 +89,6 @@ class Row:
             "real_gflop_per_s": round(self.real_flops / seconds / 1e9, 1),
             "gbytes_per_s": round(self.bytes / seconds / 1e9, 1),
             "share_of_limit": round(self.share, 3),
-            **({} if self.ratio is None else {"ours_over_other": round(self.ratio, 3)}),
         }
 
 
@@ -162,8 +158,15 @@ def measure_layer(
         next(name for name, kind in measure.DTYPES.items() if kind == work.arithmetic),
     )
     if other is not None:
-        row.other_ms = 1e3 * result["other"].median / times if "other" in result else row.ms
+        theirs = result.get("other", result["ours"])
+        row.other_ms = 1e3 * theirs.median / times
+        row.ours_over_other = paired_ratio(result["ours"].seconds, theirs.seconds)
     return row
+
+
+def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> float:
+    """Median over rounds of the quotient of one round."""
+    return round(statistics.median(a / b for a, b in zip(ours, other, strict=True)), 3)
 
 
 # ---- what people see ----
@@ -222,8 +225,8 @@ def table(group: Sequence[Row], batch: int, against: str | None, tolerance: floa
             f"{row.share:.0%}",
         ]
         if against is not None:
-            slow = row.ratio is not None and row.ratio > 1 + tolerance
-            ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+            slow = row.ours_over_other is not None and row.ours_over_other > 1 + tolerance
+            ratio = "-" if row.ours_over_other is None else f"{row.ours_over_other:.2f}"
             cells += ["-" if row.other_ms is None else f"{row.other_ms:.3f}"]
             cells += [f"[red]{ratio}[/red]" if slow else ratio]
         result.add_row(*cells)
@@ -461,7 +464,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"  {name}: {value / 1e9:.0f} {unit}")
     for group in grouped(rows):
         console.print(table(group, args.batch, args.against, args.tolerance))
-    slower = [row for row in rows if row.ratio is not None and row.ratio > 1 + args.tolerance]
+    slower = [
+        row for row in rows if row.ours_over_other is not None and row.ours_over_other > 1 + args.tolerance
+    ]
     if args.against is not None:
         console.print(
             f"{len(slower)} of {len(rows)} layers slower than {args.against} by more than {args.tolerance:.0%}"

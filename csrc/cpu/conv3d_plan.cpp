@@ -19,7 +19,7 @@ KernelTraits kernel_traits(Isa isa, DType dtype) {
   switch (isa) {
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
-      return {isa, dot, 16, 64, dot ? 384 : 192};
+      return {isa, dot, 16, 64, dot ? 768 : 576};
     case Isa::kAvx2:
       return {isa, false, 8, 16, 192};
     default:
