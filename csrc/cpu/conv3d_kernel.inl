@@ -575,8 +575,9 @@ struct Direct {
     const int64_t m = g.pixels(), panel_width = kPanelVectors * V::kLanes;
     const int64_t panels = (kb - ka + panel_width - 1) / panel_width;
     const int threads = thread_pool().threads();
-    // Pixel blocks: about 96 rows keep a chunk of weights busy; partial sums of a block must stay in L2.
-    int64_t rows = 96;
+    // Pixel blocks: about 96 rows keep a chunk of weights busy, and 192 the threads as long as there are
+    // many; partial sums of a block must stay in L2.
+    int64_t rows = m >= 4096 ? 192 : 96;
     while (rows > 24 && rows * (kb - ka) * 4 > 256 * 1024) rows /= 2;
     int64_t blocks = (m + rows - 1) / rows;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for every thread
