@@ -575,10 +575,10 @@ struct Direct {
     const int64_t m = g.pixels(), panel_width = kPanelVectors * V::kLanes;
     const int64_t panels = (kb - ka + panel_width - 1) / panel_width;
     const int threads = thread_pool().threads();
-    // Pixel blocks: about 96 rows keep a chunk of weights busy, and 192 the threads as long as there are
-    // many; partial sums of a block must stay in L2.
-    int64_t rows = m >= 4096 ? 192 : 96;
-    while (rows > 24 && rows * (kb - ka) * 4 > 256 * 1024) rows /= 2;
+    // Pixel blocks: 96 rows keep a chunk of weights busy, 192 where there are many, or more weights than L2
+    // holds. The partial sums of a block must stay in L2.
+    int64_t rows = m >= 4096 || 4 * steps * (kb - ka) > 1024 * 1024 ? 192 : 96;
+    while (rows > 24 && rows * (kb - ka) * 4 > 512 * 1024) rows /= 2;
     int64_t blocks = (m + rows - 1) / rows;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for every thread
     rows = (m + blocks - 1) / blocks;
