@@ -225,13 +225,14 @@ def interleave(
     seconds: float = math.inf,
     settle: float = 0.3,
     clock: Callable[[], float] = time.perf_counter,
+    between: Callable[[], Any] | None = None,
 ) -> dict[str, Times]:
     """Times `engines` in turn, so that a change of the machine's speed meets all of them alike.
 
     Each engine runs untimed first, and again before every timed call that is shorter than `settle` seconds:
     the caches then hold its own data, and another library's threads have stopped spinning. Every second
     round goes backwards, so that nobody always runs after the same neighbour. After three rounds, `seconds`
-    ends it.
+    ends it. `between` takes the place of those untimed calls: to empty the caches, say.
     """
     times = {name: Times() for name in engines}
     start = clock()
@@ -246,7 +247,9 @@ def interleave(
         if done >= 3 and clock() - start > seconds:
             break
         for name in order if done % 2 == 0 else reversed(order):
-            if estimate[name] < settle:
+            if between is not None:
+                between()
+            elif estimate[name] < settle:
                 engines[name]()
             begin = clock()
             engines[name]()

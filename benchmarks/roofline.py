@@ -1,7 +1,7 @@
 """Every layer of a network against this machine's limits: kernel, time, GFLOP/s, which limit, how much of it.
 
     python benchmarks/roofline.py --threads 2 --json roofline.json --png roofline.png
-    python benchmarks/roofline.py --networks r3d_18,hara_r3d_18@1x96x96x96 --against oneDNN
+    python benchmarks/roofline.py --networks r3d_18,hara_r3d_18@1x96x96x96 --against oneDNN --cold 64
 
 Effective GFLOP/s counts the multiplications of a direct convolution, padding included; real GFLOP/s those that the
 chosen algorithm does. The limit of a layer is the longer of its real multiplications at the peak of the arithmetic that
@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,12 @@ def measure_layer(
     against: str | None,
     rounds: int,
     seconds: float,
+    cold: int = 0,
 ) -> Row:
-    """Times the kernel that is chosen for a layer, and another one interleaved with it."""
+    """Times the kernel that is chosen for a layer, and another one interleaved with it.
+
+    With `cold` MiB, so much other memory is written before every call, as the other layers of a network do.
+    """
     dtype = measure.DTYPES[dtype_name]
     choice = backends.choose_for(problem, dtype, "cpu", backend)
     request = backends.Request(problem, dtype, torch.device("cpu"), torch.get_num_threads())
@@ -138,9 +143,13 @@ def measure_layer(
     quickest = min(
         measure.interleave({name: run}, rounds=2, settle=0.0)[name].best for name, run in runs.items()
     )
-    times = max(1, math.ceil(LEAST_CALL / quickest))
+    times = 1 if cold else max(1, math.ceil(LEAST_CALL / quickest))
+    others = torch.zeros(cold << 18)
     result = measure.interleave(
-        {name: _repeated(run, times) for name, run in runs.items()}, rounds=rounds, seconds=seconds
+        {name: _repeated(run, times) for name, run in runs.items()},
+        rounds=rounds,
+        seconds=seconds,
+        between=partial(others.add_, 1) if cold else None,
     )
     work = backends.work(choice.kernel, request)
     row = Row(
@@ -413,6 +422,13 @@ def arguments() -> argparse.ArgumentParser:
         help="time this kernel too, interleaved: oneDNN, stock, direct, ...",
     )
     parser.add_argument("--tolerance", type=float, default=0.03, help="of --against (default: 0.03)")
+    parser.add_argument(
+        "--cold",
+        type=_positive,
+        default=0,
+        metavar="MIB",
+        help="write so much other memory before every call, as a network does between two calls of a layer",
+    )
     parser.add_argument("--rounds", type=_positive, default=15, help="timed samples a layer (default: 15)")
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="at most for one layer, after three rounds"
@@ -447,6 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     against=args.against,
                     rounds=args.rounds,
                     seconds=args.seconds,
+                    cold=args.cold,
                 )
             )
             progress.advance(task)
@@ -457,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = measure.machine()
     caption = (
         f"{about['cpu']}, {args.threads} threads, torch {about['versions'].get('torch')}, batch {args.batch}"
+        + (", caches emptied before every call" if args.cold else "")
     )
     console.print(caption)
     for name, value in peaks.items():
@@ -477,6 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "batch": args.batch,
             "backend": args.backend,
             "against": args.against,
+            "cold_mib": args.cold,
             "peaks": peaks,
             "layers": [row.as_dict() for row in rows],
             "networks": [

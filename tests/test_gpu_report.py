@@ -645,6 +645,9 @@ def test_interleave() -> None:
         "rounds": 4,
     }
     assert len(measure.interleave(engines, rounds=100, seconds=1.0, clock=clock)["slow"].seconds) == 3
+    calls.clear()
+    measure.interleave(engines, rounds=2, clock=clock, between=lambda: calls.append("."))
+    assert "".join(calls) == "qqss" + ".q.s" + ".s.q"
 
 
 def test_write_json_is_all_or_nothing(tmp_path: Path) -> None:

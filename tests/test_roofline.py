@@ -99,6 +99,16 @@ def test_limits() -> None:
     assert row(3.0, 1, 1, other_ms=2.0, ours_over_other=1.5).as_dict()["ours_over_other"] == 1.5
 
 
+def test_cold(quick, capsys, tmp_path) -> None:
+    out = tmp_path / "out.json"
+    assert (
+        roofline.main([*SMALL, "--against", "stock", "--tolerance", "1e9", "--cold", "1", "--json", str(out)])
+        == 0
+    )
+    assert json.loads(out.read_text())["cold_mib"] == 1
+    assert "caches emptied before every call" in capsys.readouterr().out
+
+
 def test_rounds_are_compared_one_by_one() -> None:
     """A machine that slows down between two rounds changes no ratio."""
     assert roofline.paired_ratio([1.0, 3.0, 3.0], [2.0, 6.0, 6.0]) == 0.5
