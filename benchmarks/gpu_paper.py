@@ -1,6 +1,6 @@
 """The Hopper convolution on paper: what each layer of a network asks of the GPU, and what may come out.
 
-    python benchmarks/gpu_paper.py --networks r3d_18,hara_r3d_50 --batches 1,8,32
+    python benchmarks/gpu_paper.py --networks r3d_18,r3d_50,hara_r3d_50 --batches 1,8,32
 
 No GPU is needed and nothing is measured. Tiles, splits and clocks come from the rule that the kernel itself chooses by
 (csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together); 'share' is of the 790 TFLOP/s that large
@@ -338,7 +338,7 @@ def _pool_line(pool: FusedPool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--networks", default="r3d_18,hara_r3d_50", help="default: %(default)s")
+    parser.add_argument("--networks", default="r3d_18,r3d_50,hara_r3d_50", help="default: %(default)s")
     parser.add_argument("--batches", default="1,8,32", help="default: %(default)s")
     parser.add_argument("--sms", type=int, default=SMS, help="multiprocessors (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -292,6 +292,13 @@ def test_taps_that_share_their_load(emu, text):
         Case(text).check(emu, SHARED_WIDE)
 
 
+def test_rows_of_positions_by_multiplication():
+    """The epilogue has no division: exact for every position and width of a slice."""
+    for width in range(1, 257):
+        per_width = (65535 + width) // width
+        assert all(i * per_width >> 16 == i // width for i in range(256))
+
+
 def random_problem(rng):
     """Small, with everything else free."""
     while True:
