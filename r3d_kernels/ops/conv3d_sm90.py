@@ -51,11 +51,12 @@ def in_rows(t: Tensor, fill: float = 0.0) -> Tensor:
 @cache
 def _trial(dtype: torch.dtype, padded: bool = False) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """(x, weight, scale, bias, residual), the exact answer, and what rounding allows; channels for the widest tile."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     k, c = max(channels for _, channels, _ in TILES) + (5 if padded else 8), 77 if padded else 72
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
+        # neither on the default device nor of the default dtype: a user may have set both
+        return torch.randn(shape, generator=g, device="cpu", dtype=torch.float32)
 
     x, weight = normal(2, c, 4, 9, 21).to(dtype), (normal(k, c, 2, 3, 3) / (c * 18) ** 0.5).to(dtype)
     scale, bias = normal(k), normal(k)

@@ -156,7 +156,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // publish().
 __device__ __forceinline__ void publish() { __threadfence(); }
 __device__ __forceinline__ void observe() { __threadfence(); }
-__device__ __forceinline__ unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
+// Releases and acquires by itself, too: the fences of the other threads lie behind a barrier from it.
+__device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // ---- wgmma: a warpgroup multiplies tiles in shared memory
 
