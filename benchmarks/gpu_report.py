@@ -996,7 +996,7 @@ def _value(section: dict[str, Any], path: str) -> float | None:
     data: Any = section.get("data") if section.get("status") in ("measured", "failed") else None
     for key in path.split("."):
         data = data.get(key) if isinstance(data, dict) else None
-    return data
+    return data if isinstance(data, (int, float)) else None  # not "nan", which stands for one in JSON
 
 
 def floors(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1046,17 +1046,12 @@ def sanitize(left: Callable[[], float]) -> dict[str, Any]:
     checks = ("memcheck", "racecheck", "synccheck")
     results: dict[str, str] = {}
     for i, check in enumerate(checks):
-        command = [
-            tool,
-            "--tool",
-            check,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            str(Path(__file__).resolve()),
-        ]
+        # Libraries ask the driver for functions that it may not have: no error of a kernel of ours, and only those
+        # are watched, or there would not be time for them.
+        options = ["--error-exitcode=9", "--report-api-errors=no", "--kernel-name=kns=r3d"]
+        child = [sys.executable, str(Path(__file__).resolve()), "--sanitizer-child", *without]
         results[check] = _sanitized(
-            [*command, "--sanitizer-child", *without], (left() - 3) / (len(checks) - i)
+            [tool, f"--tool={check}", *options, *child], (left() - 3) / (len(checks) - i)
         )
         progress(**results)
     bad = {check: said for check, said in results.items() if said.startswith("exit code")}
@@ -1070,7 +1065,13 @@ def _sanitized(command: Sequence[str], seconds: float) -> str:
     if seconds <= 1:
         return "not measured: no time was left"
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # an allocation for each tensor: in torch's blocks, its neighbour is no end of memory
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     try:
         said, _ = child.communicate(timeout=seconds)
@@ -1114,9 +1115,11 @@ def sanitizer_child(without: Sequence[str] = ()) -> int:
 
 
 def nvidia_smi(fields: str) -> str | None:
+    """What it says of torch's first device; None where it says nothing."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     try:
         return subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", first],
             capture_output=True,
             text=True,
             check=True,
@@ -1246,43 +1249,73 @@ def plan(left: Callable[[], float]) -> list[Section]:
 
 
 def draw(path: Path, data: dict[str, Any]) -> None:
-    """Networks: milliseconds of each engine. The operation: its share of a copy's speed."""
+    """Networks: milliseconds of each engine over the fused network's. Layers: their share of a matrix product's rate.
+
+    The operation: its share of a copy's speed. Where there is none of it, what became of each section.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = [s["data"] for s in data["sections"] if s["status"] == "measured"]
-    networks = [d for d in measured if "engines" in d]
-    rows = next((d["rows"] for d in measured if "copy_gbyte_per_s" in d and "rows" in d), [])
-    if not networks and not rows:
-        return
-    height = max(3.0, 0.32 * sum(len(d["engines"]) for d in networks) + 1.5)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
-    colours = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d", "max-autotune": "#33415c"}
-    bars = [
-        (f"{d['network']} {d['dtype']} b{d['batch']} {engine}", value["fused_is_faster"], colours[engine])
-        for d in networks
-        for engine, value in d["engines"].items()
+    known = [s["data"] for s in data["sections"] if isinstance(s.get("data"), dict)]
+    panels: list[tuple[str, list[tuple[str, float, str]]]] = [
+        ("time over the fused network's", _network_bars(known)),
+        ("rate over that of a large matrix product", _layer_bars(known)),
+        ("bn_act: bandwidth over that of a copy", _copy_bars(known)),
     ]
-    if bars:
-        labels, values, shades = zip(*bars, strict=True)
+    panels = [(label, bars) for label, bars in panels if bars]
+    height = max(3.0, 0.3 * max((len(bars) for _, bars in panels), default=len(data["sections"])) + 1.5)
+    count = max(len(panels), 1)
+    figure, axes = plt.subplots(1, count, figsize=(6.5 * count, height), layout="constrained", squeeze=False)
+    for axis, (label, bars) in zip(axes[0], panels, strict=False):
+        names, values, shades = zip(*bars, strict=True)
         places = range(len(bars))
-        left.barh(places, values, color=shades)
-        left.set_yticks(places, labels, fontsize=7)
-        left.invert_yaxis()
-        left.axvline(1.0, color="black", linewidth=0.8)
-        left.set_xlabel("time over the fused network's")
-    places = range(len(rows))
-    right.barh(places, [row["share_of_copy"] for row in rows], color=colours["fused"])
-    right.set_yticks(places, [f"{row['dtype']} {row['shape']}" for row in rows], fontsize=7)
-    right.invert_yaxis()
-    right.axvline(1.0, color="black", linewidth=0.8)
-    right.set_xlabel("bn_act: bandwidth over that of a copy")
-    gpu = next((d["gpu"] for d in measured if "gpu" in d), "")
+        axis.barh(places, values, color=shades)
+        axis.set_yticks(places, names, fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xlabel(label)
+    if not panels:
+        told = [f"{s['name']}: {s['status']} ({s.get('reason', '')})"[:140] for s in data["sections"]]
+        axes[0][0].set_axis_off()
+        axes[0][0].text(0, 1, "\n".join(told), va="top", fontsize=7, transform=axes[0][0].transAxes)
+    gpu = next((d["gpu"] for d in known if "gpu" in d), "")
     figure.suptitle(f"{gpu}, torch {torch.__version__}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+_COLOURS = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d", "max-autotune": "#33415c"}
+
+
+def _network_bars(known: Sequence[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    return [
+        (f"{d['network']} {d['dtype']} b{d['batch']} {engine}", value["fused_is_faster"], _COLOURS[engine])
+        for d in known
+        if "engines" in d
+        for engine, value in d["engines"].items()
+        if isinstance(value["fused_is_faster"], (int, float))
+    ]
+
+
+def _layer_bars(known: Sequence[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    return [
+        (f"{d['network']} b{d['batch']} {row['layer']}", row["share_of_matmul"], _COLOURS["fused"])
+        for d in known
+        if "matmul_tflop_per_s" in d and "network" in d
+        for row in d.get("layers", [])
+        if isinstance(row["share_of_matmul"], (int, float))
+    ]
+
+
+def _copy_bars(known: Sequence[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    rows = next((d["rows"] for d in known if "copy_gbyte_per_s" in d and "rows" in d), [])
+    return [
+        (f"{row['dtype']} {row['shape']}", row["share_of_copy"], _COLOURS["fused"])
+        for row in rows
+        if isinstance(row["share_of_copy"], (int, float))
+    ]
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -1354,16 +1387,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         execute=worker,
         sections=earlier(file, nvidia_smi("name"), machine["commit"]) if args.resume else [],
     )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends it gets what it has
     try:
         good = report.run(sections)
+    except KeyboardInterrupt:
+        print("gpu_report: ended from outside", file=sys.stderr)
+        good = False
     finally:
+        signal.signal(signal.SIGTERM, before)
         worker.stop()
     for row in floors(report.sections):
         print(f"floor: {row['what']}: {row['value']}, at least {row['at_least']}: {_verdict(row)}")
     try:
         draw(out / "gpu_report.png", report.data())
-    except ImportError as e:
-        print(f"gpu_report: no picture: {e}", file=sys.stderr)
+    except Exception as e:  # the JSON is what counts
+        print(f"gpu_report: no picture: {type(e).__name__}: {e}", file=sys.stderr)
     return 0 if good else 1
 
 

@@ -335,7 +335,10 @@ def test_what_is_made_in_a_capture_is_not_kept(monkeypatch) -> None:
         tried = []
         m.setattr(backends, "_fails", lambda *args: tried.append(args))
         module, t = layer(), P.tensors()
-        with torch.inference_mode(), pytest.warns(UserWarning, match="call the model once before the capture"):
+        with (
+            torch.inference_mode(),
+            pytest.warns(UserWarning, match="call the model once before the capture"),
+        ):
             y = module(t.x, t.residual)
         assert not tried
         assert backends.explain(module) == []
