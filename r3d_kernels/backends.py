@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from r3d_kernels import _cpu, _extension, _fold, _fork, _keeping, tuning
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
+from r3d_kernels._sm90 import TILES as SM90_TILES
 from r3d_kernels._sm90 import Sm90Cuda
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton.backend import TritonConv3d
@@ -169,7 +170,11 @@ class Kernel(Protocol):
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         """act(conv(x) * scale + shift + residual), channels-last."""
 
-    # A kernel may also have run_clip(pack, clip, source, request), which takes a raw clip as a ClipSource says.
+    # A kernel may also have
+    #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
+    #   private   tried before it may be chosen
+    #   compared  and held against the stock layers then
+    #   quiet     one more tile of another kernel: why it cannot run is not told
 
 
 class Work(NamedTuple):
@@ -705,6 +710,7 @@ KERNELS: list[Kernel] = [
     *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),
     OneDnn(),
     Sm90Cuda(),
+    *map(Sm90Cuda, range(len(SM90_TILES))),
     CudnnBnAct(),
     *map(TensorCoreSm80, (None, *TILES)),
     TritonConv3d(),
@@ -748,7 +754,7 @@ def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dic
         why_not = kernel.can_run(request)
         if why_not is None:
             able.append(kernel)
-        else:
+        elif not getattr(kernel, "quiet", False):
             reasons[kernel.name] = why_not
     if (
         asked == "auto"
@@ -1039,11 +1045,10 @@ def cache_key(request: Request, asked: str) -> tuple[str, str]:
 
 
 def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:
-    """What an earlier measurement of the same candidates chose, if that needs no trial."""
+    """What an earlier measurement of the same candidates chose."""
     if not tuning.enabled() or len(able) < 2 or request.problem.n == 0 or asked != "auto":
         return None
-    choice = _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
-    return None if choice is None or getattr(choice.kernel, "private", False) else choice
+    return _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
 
 
 def _remembered(
@@ -1079,16 +1084,24 @@ def choose(
         x, residual: the data of this very call, on which kernels are measured.
     """
     able, reasons = candidates(request, asked)
-    if (known := _known(request, asked, able)) is not None:
-        return known
     captured = capturing(request.device)
-    for kernel in [k for k in able if getattr(k, "private", False)]:
+
+    def fails(kernel: Kernel) -> bool:
+        """Whether a kernel that has to be tried first must not be chosen here."""
+        if not getattr(kernel, "private", False):
+            return False
         if captured:
             reasons[kernel.name] = "is not tried for the first time while a CUDA graph is captured"
-            able.remove(kernel)
-        elif failure := _fails(kernel, packed, x, residual, request):
+            return True
+        if failure := _fails(kernel, packed, x, residual, request):
             reasons[kernel.name] = f"failed: {failure}"
-            able.remove(kernel)
+        return failure is not None
+
+    if (known := _known(request, asked, able)) is not None:
+        if not fails(known.kernel):
+            return known
+        able.remove(known.kernel)
+    able = [k for k in able if not fails(k)]
     able = able or [k for k in KERNELS if k.name == "stock"]
     note = (
         "".join(f"; {name}: {why}" for name, why in reasons.items() if name != "stock")

@@ -190,6 +190,38 @@ def test_a_private_kernel_that_fails_is_not_chosen(monkeypatch) -> None:
     assert "oneDNN: failed: changed in torch 9" in record.reason
 
 
+def test_of_private_kernels_only_the_one_that_won_before_is_tried(measured, monkeypatch) -> None:
+    request, tried = request_for(), []
+
+    class Private:
+        backend, private = "torch", True
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    one, other = Private("one"), Private("other")
+    stock = next(k for k in backends.KERNELS if k.name == "stock")
+    seconds = {"one": 2e-3, "other": 1e-3, "stock": 3e-3}
+    monkeypatch.setattr(backends, "candidates", lambda request, asked: ([one, other, stock], {}))
+    monkeypatch.setattr(backends, "_measure", lambda able, *_: {k.name: seconds[k.name] for k in able})
+    wrong: dict[str, str] = {}
+    monkeypatch.setattr(
+        backends, "_fails", lambda kernel, *_: tried.append(kernel.name) or wrong.get(kernel.name)
+    )
+
+    def choose() -> str:
+        tried.clear()
+        return backends.choose(request, "auto", lambda kernel: None, None, None).kernel.name
+
+    assert choose() == "other"
+    assert tried == ["one", "other"]
+    assert choose() == "other"  # as in another process
+    assert tried == ["other"]
+    wrong["other"] = "its result is far from the stock layers'"
+    assert choose() == "one"
+    assert tried == ["other", "one"]
+
+
 # ---- measuring ----
 
 

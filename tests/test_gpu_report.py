@@ -862,7 +862,7 @@ def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["share_of_matmul"] == pytest.approx(22.2 / 500, abs=1e-3)
     assert row["ours_is_faster"] == 2.0
     assert row["cudnn_fused_us"] == 1500.0
-    assert row["predicted"]["tile"] == "352x64x3"
+    assert row["predicted"]["tile"] == "480x64x3"
     assert 0 < row["predicted"]["us"] < 1000
     residual = next(r for r in rows if r["layer"] == "layer1.0.conv2.0")
     assert residual["cudnn_fused_us"] == "not measured"

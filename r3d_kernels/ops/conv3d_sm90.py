@@ -13,25 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r3d_kernels import _extension
+from r3d_kernels._sm90 import TILES
 from r3d_kernels.ops._flops import flop_formula
 
 __all__ = ["TILES", "in_rows", "proven", "proven_tiles", "trial_error"]
-
-# Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
-TILES = (
-    (240, 128, 3),
-    (352, 64, 3),
-    (128, 64, 3),
-    (256, 128, 1),
-    (128, 256, 1),
-    (384, 64, 1),
-    (256, 64, 1),
-    (128, 128, 1),
-    (64, 256, 1),
-    (128, 64, 1),
-    (64, 128, 1),
-    (64, 64, 1),
-)
 
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
