@@ -242,6 +242,20 @@ __device__ __forceinline__ void store_tiles(const K& k, const Sm90Params& p, int
   }
 }
 
+// acc += kParts parts, one after the other; all of them are asked for first.
+template <int kParts, int kBlocks, int kEach>
+__device__ __forceinline__ void add_parts(const float* from, float (&acc)[kBlocks][kEach]) {
+  float v[kParts][kBlocks][kEach];
+#pragma unroll
+  for (int j = 0; j < kParts * kBlocks * kEach; j++) (&v[0][0][0])[j] = from[j * 128];
+#pragma unroll
+  for (int part = 0; part < kParts; part++)
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int i = 0; i < kEach; i++) acc[m][i] += v[part][m][i];
+}
+
 // Adds up the parts of a split sum in their order, whichever block comes last; false for the others.
 template <class K>
 __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tiles& t, int consumer,
@@ -253,21 +267,19 @@ __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tile
   for (int m = 0; m < K::kBlocks; m++)
 #pragma unroll
     for (int i = 0; i < kEach; i++) all[t.at.part * kPart + (m * kEach + i) * 128] = acc[m][i];
-  hopper::publish();
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (thread == 0) k.last[consumer] = hopper::take_ticket(p.tickets + place) == unsigned(p.split - 1);
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (!k.last[consumer]) return false;
-  hopper::observe();
 #pragma unroll
   for (int m = 0; m < K::kBlocks; m++)
 #pragma unroll
     for (int i = 0; i < kEach; i++) acc[m][i] = 0;
-  for (int part = 0; part < p.split; part++)
-#pragma unroll
-    for (int m = 0; m < K::kBlocks; m++)
-#pragma unroll
-      for (int i = 0; i < kEach; i++) acc[m][i] += all[part * kPart + (m * kEach + i) * 128];
+  // Small tiles have registers for several parts on their way at once: a part is a trip to L2.
+  constexpr int kAtOnce = K::kBlocks * kEach <= 32 ? 4 : 1;
+  int part = 0;
+  for (; part + kAtOnce <= p.split; part += kAtOnce) add_parts<kAtOnce>(all + part * kPart, acc);
+  for (; part < p.split; part++) add_parts<1>(all + part * kPart, acc);
   return true;
 }
 
