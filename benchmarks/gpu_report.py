@@ -266,6 +266,8 @@ def check_sm90_trial() -> dict[str, Any]:
     found = {
         name: conv3d_sm90.proven_tiles(index, padded) for name, padded in (("whole", False), ("odd", True))
     }
+    if index in conv3d_sm90.refused:
+        raise Failed(conv3d_sm90.refused[index])
     wrong = {
         name: ["x".join(map(str, tile)) for i, tile in enumerate(conv3d_sm90.TILES) if not bits >> i & 1]
         for name, bits in found.items()

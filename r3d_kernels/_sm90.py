@@ -96,6 +96,8 @@ class Sm90Cuda:
         if (index, padded) not in conv3d_sm90.proven and torch.cuda.is_current_stream_capturing():
             return "is not tried for the first time while a CUDA graph is captured"
         if not conv3d_sm90.proven_tiles(index, padded):
+            if (why_not := conv3d_sm90.refused.get(index)) is not None:
+                return why_not
             return "gave wrong results on a small convolution on this GPU"
         return None
 

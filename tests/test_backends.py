@@ -575,6 +575,56 @@ def test_what_could_not_be_written_is_written_later(measured, monkeypatch) -> No
     assert [p.name for p in measured.parent.iterdir() if p.suffix == ".tmp"] == []
 
 
+def test_what_a_process_did_not_survive_is_known_to_the_next(measured) -> None:
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+        assert attempt.path.exists()
+        with tuning.Attempt("a kernel") as other:  # at the same time: no evidence of anything
+            assert other.earlier is None
+        assert attempt.path.exists()
+        with tuning.Attempt("another kernel") as other:
+            assert other.path != attempt.path
+    assert not attempt.path.exists()
+    with pytest.raises(KeyboardInterrupt), tuning.Attempt("a kernel"):
+        raise KeyboardInterrupt  # somebody was impatient, and Python still ran
+    assert not attempt.path.exists()
+
+    code = (
+        "import os, signal; from r3d_kernels import tuning\n"
+        "with tuning.Attempt('a kernel'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
+    for _ in range(2):  # until somebody removes it
+        with tuning.Attempt("a kernel") as attempt:
+            assert attempt.earlier == attempt.path
+        assert attempt.path.read_text().startswith("a kernel\nremove this file")
+    attempt.path.unlink()
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+        attempt.lost = True
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is not None
+
+
+def test_an_attempt_needs_neither_cache_nor_locks(measured, monkeypatch) -> None:
+    import fcntl
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as m:
+        m.setattr(fcntl, "flock", no_locks)
+        with tuning.Attempt("a kernel") as attempt:
+            assert attempt.earlier is None
+    with monkeypatch.context() as m:
+        m.setenv("R3D_KERNELS_TUNE", "0")
+        with tuning.Attempt("b kernel") as attempt:
+            assert not attempt.path.exists()
+    monkeypatch.setenv("R3D_KERNELS_CACHE", "/proc/nowhere")
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+
+
 def test_file_systems_without_locks(measured, monkeypatch) -> None:
     import fcntl
 

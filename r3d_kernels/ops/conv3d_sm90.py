@@ -5,6 +5,7 @@ It is called through `backends`; nothing here is for users.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r3d_kernels import _extension
+from r3d_kernels import _extension, tuning
 from r3d_kernels._sm90 import TILES
 from r3d_kernels.ops._flops import flop_formula
 
-__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "trial_error"]
+__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "refused", "trial_error"]
 
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
@@ -88,12 +89,16 @@ def trial_error(
 proven: dict[tuple[int, bool], int] = {}
 """Index of a GPU, padded -> what `proven_tiles` found."""
 
+refused: dict[int, str] = {}
+"""Index of a GPU -> why no tile is tried on it."""
+
 
 def proven_tiles(index: int, padded: bool = False) -> int:
     """Bits of the tiles that compute what they should on this GPU: each is tried once in a process.
 
     The kernels lean on how the hardware reads its descriptors. A GPU, driver or compiler that sees one of them in
-    another way costs speed here, and not the user's results.
+    another way costs speed here, and not the user's results. A trial that hangs or that breaks the GPU's context costs
+    one process: later ones find its trace beside the tuning cache, warn, and do without.
 
     Args:
         index: of the GPU.
@@ -103,19 +108,47 @@ def proven_tiles(index: int, padded: bool = False) -> int:
         return proven[index, padded]
     device = torch.device("cuda", index)
     good = 0
-    for tile in range(len(TILES)):
-        try:
-            works = all(
-                trial_error(dtype, tile, split, device, padded=padded) <= 1
-                for dtype in (torch.bfloat16, torch.float16)
-                for split in (1, 2)
+    with tuning.Attempt(f"wgmma kernels on {tuning.machine_key(device, '')}") as attempt:
+        if attempt.earlier is not None:
+            refused[index] = f"an earlier process did not survive its trial here: {attempt.earlier}"
+            warnings.warn(
+                f"r3d_kernels does without its Hopper kernels: an earlier process did not survive their trial; remove "
+                f"{attempt.earlier} to have them tried again",
+                stacklevel=2,
             )
-        except RuntimeError:
-            works = False
-        good |= works << tile
-    _trial.cache_clear()
+        else:
+            try:
+                for tile in range(len(TILES)):
+                    good |= _works(tile, device, padded) << tile
+            except torch.OutOfMemoryError:  # tells nothing of the kernels: tried again next time
+                return 0
+            finally:
+                _trial.cache_clear()
+            attempt.lost = not good and _lost(device)
     proven[index, padded] = good
     return good
+
+
+def _works(tile: int, device: torch.device, padded: bool) -> bool:
+    try:
+        return all(
+            trial_error(dtype, tile, split, device, padded=padded) <= 1
+            for dtype in (torch.bfloat16, torch.float16)
+            for split in (1, 2)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether nothing works on the device any more, in this process."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 if _extension.error is None:

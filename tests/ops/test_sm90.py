@@ -94,7 +94,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(conv3d_sm90, "proven", {})
+    monkeypatch.setattr(conv3d_sm90, "refused", {})
 
 
 def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
@@ -221,3 +224,45 @@ def test_tiles_that_may_be_faster_than_predicted_are_measured(hopper, monkeypatc
     conv3d_sm90.proven[0, False] &= ~(1 << largest)  # its trial has failed
     assert "wrong results" in told(LAYER1)["wgmma 480x64x3"]
     assert told(LAYER1)["wgmma"] is None
+
+
+def test_a_trial_that_breaks_the_gpu_is_not_tried_by_the_next_process(hopper, monkeypatch, tmp_path):
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conv3d_sm90, "trial_error", broken)
+    kernel = Sm90Cuda()
+    assert "wrong results" in kernel.can_run(request())  # the GPU answers still: nothing is left
+    assert list(tmp_path.iterdir()) == []
+    conv3d_sm90.proven.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    kernel.can_run(request())
+    (trace,) = tmp_path.iterdir()
+    assert "wgmma kernels on r3d_kernels" in trace.read_text()
+    assert "NVIDIA H200" in trace.read_text()
+
+    conv3d_sm90.proven.clear()  # another process
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: pytest.fail("tried again"))
+    with pytest.warns(UserWarning, match=f"did not survive their trial; remove {trace}"):
+        assert str(trace) in kernel.can_run(request())
+    assert "did not survive" in kernel.can_run(request())
+    trace.unlink()
+    conv3d_sm90.proven.clear()
+    conv3d_sm90.refused.clear()
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
+    assert kernel.can_run(request()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_gpu_tells_nothing_of_the_kernels(hopper, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(conv3d_sm90, "trial_error", full)
+    assert Sm90Cuda().can_run(request()) is not None
+    assert conv3d_sm90.proven == {}  # later, perhaps
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
+    assert Sm90Cuda().can_run(request()) is None
