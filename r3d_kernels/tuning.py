@@ -79,7 +79,7 @@ def gpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
 class Attempt(contextlib.AbstractContextManager["Attempt"]):
     """Something that may take its process along, with a trace beside the cache while it runs.
 
-    `earlier` is None, or the trace of a process that did not survive the same: killed in a hang, crashed, or `lost` set.
+    `earlier` is None, or the trace of a process that did not survive the same: killed in a hang, crashed, `lost`.
     It stays until somebody removes it. Of processes that try at once one leaves a trace; none does where there are no
     locks, or where nothing may be remembered.
 
