@@ -657,6 +657,18 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- gpu_sm80.py ----
 
 
+def test_devices_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert gpu_report.check_second_device(("cpu", "cpu"), graphs=False)["errors"] == [0.0, 0.0]
+    answers = iter([1.0, 1.0, 1.3])
+    monkeypatch.setattr(measure, "relative_error", lambda *_: next(answers))
+    with pytest.raises(Failed, match="the answers of cpu, cpu differ"):
+        gpu_report.check_second_device(("cpu", "cpu"), graphs=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NotHere, match="needs 2 GPUs, found 1"):
+        gpu_report.check_second_device()
+
+
 def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks themselves, with a CPU kernel in the place of the CUDA one."""
     small = [g for g in gpu_sm80.GEOMETRIES if "c512" not in g]
