@@ -793,7 +793,7 @@ def triton_layers(
             if reason is None:
                 pack = kernel.pack(layer, request)
                 calls[kernel.name] = functools.partial(kernel.run, pack, t.x, t.residual, request)
-            elif kernel.backend in ("cuda", "triton") and not getattr(kernel, "quiet", False):
+            elif kernel.backend in ("cuda", "triton"):
                 reasons[kernel.name] = reason
         operands = (t.x, t.weight, *norm[:4], t.residual)
         with torch.no_grad():
