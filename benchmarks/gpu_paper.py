@@ -1,6 +1,6 @@
 """The Hopper convolution on paper: what each layer of a network asks of the GPU, and what may come out.
 
-    python benchmarks/gpu_paper.py --networks r3d_18,hara_r3d_50 --batches 1,8,32
+    python benchmarks/gpu_paper.py --networks r3d_18,r3d_50,hara_r3d_50 --batches 1,8,32
 
 No GPU is needed and nothing is measured. Tiles, splits and clocks come from the rule that the kernel itself chooses by
 (csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together); 'share' is of the 790 TFLOP/s that large
@@ -35,7 +35,7 @@ COPY = 4.3e12  # bytes/s read and written on the same
 CONSUMERS, DEPTH, SHARED, CONTROL = 2, 64, 227 << 10, 1024
 FEWEST_CHANNELS = 16  # of r3d_kernels/_sm90.py
 FLOPS_PER_CLOCK, SHARED_PER_CLOCK, L2_PER_CLOCK = 4096, 128, 28
-TILE_OVERHEAD, OUTPUTS_PER_CLOCK, SMALLEST_PART = 1200, 16, 4
+LATENCY, TILE_OVERHEAD, OUTPUTS_PER_CLOCK, SMALLEST_PART = 1200, 1200, 16, 4
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -66,7 +66,7 @@ def layout(tile: tuple[int, int, int]) -> Layout:
     room = SHARED - control - staging
     stages, weight_stages, ring = min(8, room // stage), 0, 0
     if taps > 1:
-        stages = max(3, stages)
+        stages = max(3 if 3 * pixel_bytes + (taps + 1) * weight_bytes <= room else 2, stages)
         weight_stages = min(16, (room - stages * pixel_bytes) // weight_bytes)
         ring = stages * pixel_bytes + weight_stages * weight_bytes
     ring = ring or stages * stage
@@ -103,14 +103,15 @@ class Step:
     products: int
     shared: int
     l2: int
+    latency: int  # of a stage on its way while the others are read
 
     @property
     def cycles(self) -> int:
-        return max(self.products, self.shared, self.l2)
+        return max(self.products, self.shared, self.l2, self.latency)
 
     @property
     def limit(self) -> str:
-        return max(("products", "shared", "l2"), key=lambda name: getattr(self, name))
+        return max(("products", "shared", "l2", "latency"), key=lambda name: getattr(self, name))
 
 
 def step(tile: tuple[int, int, int]) -> Step:
@@ -122,6 +123,10 @@ def step(tile: tuple[int, int, int]) -> Step:
         ceil_div(2 * pixels * channels * DEPTH * taps, FLOPS_PER_CLOCK),
         ceil_div(shared, SHARED_PER_CLOCK),
         ceil_div(part.stage_bytes, L2_PER_CLOCK),
+        ceil_div(
+            LATENCY + ceil_div(pixels * DEPTH * 2 if taps > 1 else part.stage_bytes, L2_PER_CLOCK),
+            part.stages - 1,
+        ),
     )
 
 
@@ -338,7 +343,7 @@ def _pool_line(pool: FusedPool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--networks", default="r3d_18,hara_r3d_50", help="default: %(default)s")
+    parser.add_argument("--networks", default="r3d_18,r3d_50,hara_r3d_50", help="default: %(default)s")
     parser.add_argument("--batches", default="1,8,32", help="default: %(default)s")
     parser.add_argument("--sms", type=int, default=SMS, help="multiprocessors (default: %(default)s)")
     args = parser.parse_args(argv)

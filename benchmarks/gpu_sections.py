@@ -290,7 +290,7 @@ class Worker:
             reason = f"no answer within {seconds + self._grace:.0f} s: its process was killed"
             self.stop()
         except (EOFError, OSError):
-            self._process.join(5)
+            self._process.join(15)
             reason = f"its process ended with exit code {self._process.exitcode}"
             self.stop()
         self._blame(section)
@@ -314,7 +314,7 @@ class Worker:
                 return None
             reason = f"the sections' process did not start within {self._start:.0f} s"
         except EOFError:
-            self._process.join(5)
+            self._process.join(15)
             reason = f"the sections' process ended at its start, exit code {self._process.exitcode}"
         self.stop()
         return reason

@@ -329,7 +329,7 @@ def main() -> int:
     parser.add_argument("--multiprocessors", type=int, default=108, help="default: %(default)s, an A100's")
     args = parser.parse_args()
     print("predicted, not measured")
-    for network in ("r3d_18", "hara_r3d_50"):
+    for network in ("r3d_18", "r3d_50", "hara_r3d_50"):
         for batch in (1, 8, 32):
             print(f"\n{network}, batch {batch}, {args.multiprocessors} multiprocessors")
             for row in on_paper(network, batch, args.multiprocessors):

@@ -1057,6 +1057,16 @@ std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints paddi
   return why ? why : "";
 }
 
+// [tile, split, estimated clocks] of the best among `tiles`, or nothing where none of them fits. Needs no
+// GPU.
+Ints conv3d_sm90_choice(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
+                        int64_t multiprocessors, int64_t tiles) {
+  R3D_CHECK(multiprocessors > 0, "multiprocessors: expected an integer > 0, got ", multiprocessors);
+  const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
+  const cuda::Sm90Plan p = cuda::sm90_plan(g, int(multiprocessors), unsigned(tiles));
+  return p.tile < 0 ? Ints{} : Ints{p.tile, p.split, p.cycles};
+}
+
 #ifdef R3D_WITH_CUDA
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
                         Ints stride, Ints padding, Ints dilation, std::string activation, int64_t tiles,
@@ -1125,10 +1135,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
       "conv3d_sm90_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
       "ScalarType "
       "dtype) -> str");
+  m.def(
+      "conv3d_sm90_choice(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int "
+      "multiprocessors, int tiles=-1) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
   m.impl("conv3d_sm90_refuses", TORCH_BOX(&r3d::conv3d_sm90_refuses));
+  m.impl("conv3d_sm90_choice", TORCH_BOX(&r3d::conv3d_sm90_choice));
 }
 
 #ifdef R3D_WITH_CUDA

@@ -8,6 +8,7 @@ graphs of torch.compile, which know tensors only, find theirs by the weight.
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,19 @@ def _call(
     if run_clip is not None and residual is None:
         return run_clip(pack, x, source, request)
     return kernel.run(pack, source.convert(x), residual, request)
+
+
+def _settled(device: torch.device) -> bool:
+    """Waits until what was made on the device is there: another stream may read it next, and no event tells it so.
+
+    False inside the capture of a CUDA graph, where nothing can be waited for: what is made there has no contents before
+    a replay, and must not be kept.
+    """
+    if device.type == "cuda":
+        if backends.capturing(device):
+            return False
+        torch.cuda.current_stream(device).synchronize()
+    return True
 
 
 class LayerState:
@@ -112,7 +126,8 @@ class LayerState:
             if current is None or not followed or current.key != key:
                 with torch.no_grad():
                     current = _Snapshot(key, backends.Layer.of(weight, conv_bias, norm))
-                self._snapshot = current
+                if _settled(weight.device):
+                    self._snapshot = current
             return current
 
     def forget(self) -> None:
@@ -199,20 +214,31 @@ class LayerState:
             if key in snapshot.plans:
                 return snapshot.plans[key]
 
+            packs = dict(snapshot.packs)
+
             def packed(kernel: backends.Kernel) -> Any:
                 place = (kernel.name, kernel.pack_key(request))
-                if place not in snapshot.packs:
-                    snapshot.packs[place] = kernel.pack(snapshot.layer, request)
-                return snapshot.packs[place]
+                if place not in packs:
+                    packs[place] = kernel.pack(snapshot.layer, request)
+                return packs[place]
 
             choice = backends.choose(request, asked, packed, x, residual)
             plan = (choice.kernel, packed(choice.kernel), request, choice)
+            if not _settled(x.device):
+                warnings.warn(
+                    f"a fused layer ({request}) runs for the first time while a CUDA graph is captured: the graph "
+                    f"packs its weights at every replay and has an unmeasured kernel ({choice.kernel.name}); call "
+                    "the model once before the capture",
+                    stacklevel=2,
+                )
+                return plan
             if len(snapshot.plans) >= _MAX_PLANS:
+                backends.synchronize(x.device)  # another stream may still read the pack
                 snapshot.plans.pop(next(iter(snapshot.plans)))
             snapshot.plans[key] = plan
             # Only what a plan uses stays in memory.
             used = {(k.name, k.pack_key(r)) for k, _, r, _ in snapshot.plans.values()}
-            snapshot.packs = {place: pack for place, pack in snapshot.packs.items() if place in used}
+            snapshot.packs = {place: pack for place, pack in packs.items() if place in used}
         if choice.measured_now and x.is_cpu:
             _cpu.release_free_memory()  # what the losers used would add to the peak of the next layer
         logger.debug("%s -> %s (%s)", request, choice.kernel.name, choice.reason)

@@ -9,12 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r3d_kernels import _extension
+
 if TYPE_CHECKING:
     from r3d_kernels.backends import Layer, Request
 
-__all__ = ["Sm90Cuda"]
+__all__ = ["TILES", "Sm90Cuda"]
+
+# Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
+TILES = (
+    (240, 128, 3),
+    (352, 64, 3),
+    (480, 64, 3),
+    (128, 64, 3),
+    (256, 128, 1),
+    (128, 256, 1),
+    (384, 64, 1),
+    (256, 64, 1),
+    (128, 128, 1),
+    (64, 256, 1),
+    (128, 64, 1),
+    (64, 128, 1),
+    (64, 64, 1),
+)
 
 _FEWEST_CHANNELS = 16  # a quarter of a step, which always multiplies 64
+# times the best estimate: what L2 gives, which decides between tiles, is known to less than a half
+_WORTH_A_TRY = 1.5
 
 
 class Sm90Cuda:
@@ -22,13 +43,20 @@ class Sm90Cuda:
 
     Channels that are no multiple of 8 lie in pixels of whole 16 bytes: weights are packed so, outputs are
     ``[:, :K]`` of such a tensor, and an input is read in place where it is one, that is behind a layer of this kernel.
+
+    Args:
+        tile: index into `TILES`, or None for the one that is predicted to be the fastest.
     """
 
-    name = "wgmma"
     backend = "cuda"
     # The trial of every tile is of one small geometry: each layer is tried too, and held against the stock layers.
     private = True
     compared = True
+
+    def __init__(self, tile: int | None = None) -> None:
+        self.tile = tile
+        self.quiet = tile is not None
+        self.name = "wgmma" if tile is None else "wgmma " + "x".join(map(str, TILES[tile]))
 
     def can_run(self, request: Request) -> str | None:
         from r3d_kernels import backends  # it imports this module
@@ -51,7 +79,7 @@ class Sm90Cuda:
         why_not = torch.ops.r3d_kernels.conv3d_sm90_refuses(
             p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, request.dtype
         )
-        return why_not or self._unproven(request)
+        return why_not or self._unproven(request) or self._not_worth_a_measurement(request)
 
     @staticmethod
     def _index(device: torch.device) -> int:
@@ -68,22 +96,44 @@ class Sm90Cuda:
         if (index, padded) not in conv3d_sm90.proven and torch.cuda.is_current_stream_capturing():
             return "is not tried for the first time while a CUDA graph is captured"
         if not conv3d_sm90.proven_tiles(index, padded):
+            if (why_not := conv3d_sm90.refused.get(index)) is not None:
+                return why_not
             return "gave wrong results on a small convolution on this GPU"
         return None
+
+    def _tiles(self, request: Request) -> int:
+        """Bits of those that may run."""
+        from r3d_kernels.ops import conv3d_sm90
+
+        proven = conv3d_sm90.proven_tiles(self._index(request.device), self._padded(request))
+        return proven if self.tile is None else proven & 1 << self.tile
+
+    def _not_worth_a_measurement(self, request: Request) -> str | None:
+        if self.tile is None:
+            return None
+        p, sms = request.problem, _extension.multiprocessors(self._index(request.device))
+        geometry = (p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, sms)
+        mine = self._tiles(request)
+        own = torch.ops.r3d_kernels.conv3d_sm90_choice(*geometry, mine) if mine else None
+        if not own:
+            return (
+                "the tile does not fit" if mine else "gave wrong results on a small convolution on this GPU"
+            )
+        best = torch.ops.r3d_kernels.conv3d_sm90_choice(*geometry, Sm90Cuda()._tiles(request))
+        if own[0] == best[0]:
+            return "is what 'wgmma' takes here"
+        return "predicted to be far slower" if own[2] > _WORTH_A_TRY * best[2] else None
 
     def pack_key(self, request: Request) -> Hashable:
         return request.dtype, self._padded(request)
 
     def pack(self, layer: Layer, request: Request) -> Any:
-        from r3d_kernels.ops import conv3d_sm90
-
         # [K, T, R, S, C] in memory, C at a multiple of 8
         c = request.problem.c
         weight = F.pad(layer.weight.to(request.dtype), (0,) * 7 + (-c % 8,)) if c % 8 else layer.weight
         weight = weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)[:, :c]
         scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
-        tiles = conv3d_sm90.proven_tiles(self._index(request.device), self._padded(request))
-        return weight, scale.float(), layer.shift.float(), tiles
+        return weight, scale.float(), layer.shift.float(), self._tiles(request)
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from r3d_kernels import _cpu, _extension, _fold, _fork, _keeping, tuning
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
+from r3d_kernels._sm90 import TILES as SM90_TILES
 from r3d_kernels._sm90 import Sm90Cuda
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton.backend import TritonConv3d
@@ -36,11 +37,13 @@ __all__ = [
     "Request",
     "backend",
     "candidates",
+    "capturing",
     "choose",
     "choose_for",
     "current_backend",
     "describe",
     "explain",
+    "synchronize",
     "tf32_allowed",
     "work",
 ]
@@ -167,7 +170,11 @@ class Kernel(Protocol):
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         """act(conv(x) * scale + shift + residual), channels-last."""
 
-    # A kernel may also have run_clip(pack, clip, source, request), which takes a raw clip as a ClipSource says.
+    # A kernel may also have
+    #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
+    #   private   tried before it may be chosen
+    #   compared  and held against the stock layers then
+    #   quiet     one more tile of another kernel: why it cannot run is not told
 
 
 class Work(NamedTuple):
@@ -703,6 +710,7 @@ KERNELS: list[Kernel] = [
     *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),
     OneDnn(),
     Sm90Cuda(),
+    *map(Sm90Cuda, range(len(SM90_TILES))),
     CudnnBnAct(),
     *map(TensorCoreSm80, (None, *TILES)),
     TritonConv3d(),
@@ -746,7 +754,7 @@ def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dic
         why_not = kernel.can_run(request)
         if why_not is None:
             able.append(kernel)
-        else:
+        elif not getattr(kernel, "quiet", False):
             reasons[kernel.name] = why_not
     if (
         asked == "auto"
@@ -804,12 +812,12 @@ _THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: s
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether what runs on the device now goes into a CUDA graph."""
     if device.type != "cuda":
         return False
@@ -899,20 +907,29 @@ def _race_on_gpu(
     """Best seconds of each kernel by the GPU's own clock, interleaved.
 
     The first call of each is not counted: libraries set themselves up in it, load their code and try algorithms, which
-    may take seconds and says nothing of the calls to come.
+    may take seconds and says nothing of the calls to come. A kernel that does not find the memory is left out.
     """
     best: dict[str, float] = {}
     calls: dict[str, tuple[Any, int, float]] = {}
+    too_large: torch.OutOfMemoryError | None = None
     for kernel in kernels:
-        call = partial(kernel.run, packs[kernel.name], x, residual, request)
-        call()
-        _synchronize(request.device)
-        begin = time.perf_counter()
-        call()
-        launch = time.perf_counter() - begin
-        _synchronize(request.device)
-        best[kernel.name] = took = time.perf_counter() - begin
+        try:
+            call = partial(kernel.run, packs[kernel.name], x, residual, request)
+            call()
+            synchronize(request.device)
+            begin = time.perf_counter()
+            call()
+            launch = time.perf_counter() - begin
+            synchronize(request.device)
+            took = time.perf_counter() - begin
+        except torch.OutOfMemoryError as e:  # others may need less
+            too_large = e.with_traceback(None)  # whose frames hold tensors
+            torch.cuda.empty_cache()
+            continue
+        best[kernel.name] = took
         calls[kernel.name] = call, max(1, min(20, int(_GPU_SAMPLE / took))), launch
+    if too_large is not None and not best:
+        raise too_large
     # By a clock that counts launches too: only what is slow beyond all doubt is left at that.
     limit = max(_BUDGET, 3 * min(best.values()))
     running = [name for name in calls if best[name] <= limit]
@@ -939,10 +956,10 @@ def _race(
     """
 
     def once(kernel: Kernel) -> float:
-        _synchronize(request.device)
+        synchronize(request.device)
         start = time.perf_counter()
         kernel.run(packs[kernel.name], x, residual, request)
-        _synchronize(request.device)
+        synchronize(request.device)
         return time.perf_counter() - start
 
     best = {k.name: once(k) for k in kernels}  # warm-up: page faults, lazy initialisation
@@ -1005,7 +1022,7 @@ def _fails(kernel: Kernel, packed: Any, x: Tensor, residual: Tensor | None, requ
 
 def _differs(y: Tensor, packed: Any, x: Tensor, residual: Tensor | None, request: Request) -> str | None:
     """Whether the first sample is far from what the stock layers make of it: far beyond any rounding."""
-    if request.problem.n == 0 or _capturing(y.device):
+    if request.problem.n == 0:
         return None
     stock = next(k for k in KERNELS if k.name == "stock")
     want = stock.run(packed(stock), x[:1], None if residual is None else residual[:1], request).float()
@@ -1028,11 +1045,10 @@ def cache_key(request: Request, asked: str) -> tuple[str, str]:
 
 
 def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:
-    """What an earlier measurement of the same candidates chose, if that needs no trial."""
+    """What an earlier measurement of the same candidates chose."""
     if not tuning.enabled() or len(able) < 2 or request.problem.n == 0 or asked != "auto":
         return None
-    choice = _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
-    return None if choice is None or getattr(choice.kernel, "private", False) else choice
+    return _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
 
 
 def _remembered(
@@ -1068,12 +1084,24 @@ def choose(
         x, residual: the data of this very call, on which kernels are measured.
     """
     able, reasons = candidates(request, asked)
-    if (known := _known(request, asked, able)) is not None:
-        return known
-    for kernel in [k for k in able if getattr(k, "private", False)]:
+    captured = capturing(request.device)
+
+    def fails(kernel: Kernel) -> bool:
+        """Whether a kernel that has to be tried first must not be chosen here."""
+        if not getattr(kernel, "private", False):
+            return False
+        if captured:
+            reasons[kernel.name] = "is not tried for the first time while a CUDA graph is captured"
+            return True
         if failure := _fails(kernel, packed, x, residual, request):
             reasons[kernel.name] = f"failed: {failure}"
-            able.remove(kernel)
+        return failure is not None
+
+    if (known := _known(request, asked, able)) is not None:
+        if not fails(known.kernel):
+            return known
+        able.remove(known.kernel)
+    able = [k for k in able if not fails(k)]
     able = able or [k for k in KERNELS if k.name == "stock"]
     note = (
         "".join(f"; {name}: {why}" for name, why in reasons.items() if name != "stock")
@@ -1087,7 +1115,7 @@ def choose(
         return Choice(able[0], "preferred; R3D_KERNELS_TUNE=0, not measured" + note)
     if request.problem.n == 0:
         return Choice(able[0], "preferred; nothing to measure, the batch is empty" + note)
-    if _capturing(request.device):
+    if captured:
         return Choice(able[0], "preferred; cannot be measured while a CUDA graph is captured" + note)
 
     machine, key = cache_key(request, asked)
@@ -1095,7 +1123,7 @@ def choose(
         if (known := _remembered(tuning.shared.get(machine, key), able, request, note)) is not None:
             return known
         seconds = _measure(able, _Packs(able, packed), x, residual, request)
-        winner = _winner(able, seconds, request)
+        winner = _winner([k for k in able if k.name in seconds], seconds, request)
         tuning.shared.put(machine, key, winner.name, seconds)
     return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds, measured_now=True)
 

@@ -316,13 +316,14 @@ class ConvProblem:
         self.validate()
         if param_dtype is None:
             param_dtype = torch.promote_types(dtype, torch.float32)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        like = {"generator": generator, "device": "cpu", "dtype": torch.float32}  # whatever the defaults are
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, **like)
 
         def uniform(low: float, high: float) -> Tensor:
-            return torch.rand(self.k, generator=generator) * (high - low) + low
+            return torch.rand(self.k, **like) * (high - low) + low
 
         def place(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype).contiguous(memory_format=memory_format)

@@ -9,18 +9,21 @@ is ignored with a warning and replaced at the next write. `R3D_KERNELS_TUNE=0` n
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import IO
 
 import torch
 
 from r3d_kernels import _cpu, _fork, _version
 
-__all__ = ["TuningCache", "cache_path", "check_writable", "enabled", "gpu_seconds", "machine_key"]
+__all__ = ["Attempt", "TuningCache", "cache_path", "check_writable", "enabled", "gpu_seconds", "machine_key"]
 
 _FORMAT = 1
 
@@ -71,6 +74,59 @@ def gpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
         end.record()
     torch.cuda.synchronize()
     return sorted(b.elapsed_time(e) for b, e in pairs)[rounds // 2] / 1e3
+
+
+class Attempt(contextlib.AbstractContextManager["Attempt"]):
+    """Something that may take its process along, with a trace beside the cache while it runs.
+
+    `earlier` is None, or the trace of a process that did not survive the same: killed in a hang, crashed, `lost`.
+    It stays until somebody removes it. Of processes that try at once one leaves a trace; none does where there are no
+    locks, or where nothing may be remembered.
+
+    Args:
+        what: is tried, and on what: another version, say, is another attempt.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._file: IO[str] | None = None
+        self.path = cache_path().with_name(f"trying-{hashlib.sha256(what.encode()).hexdigest()[:16]}.txt")
+        self.earlier: Path | None = None
+        self.lost = False
+
+    def __enter__(self) -> Attempt:
+        if enabled():
+            with contextlib.suppress(ImportError, OSError):
+                self._leave()
+        return self
+
+    def _leave(self) -> None:
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+")  # noqa: SIM115 - its lock is held until the attempt ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process tries
+            file.seek(0)
+            if file.read():
+                self.earlier = self.path
+            else:
+                file.write(f"{self._what}\nremove this file to have it tried again\n")
+                file.flush()
+                self._file = file
+        finally:
+            if self._file is None:
+                file.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                if not self.lost:
+                    self.path.unlink(missing_ok=True)
+                self._file.close()
+            self._file = None
 
 
 class TuningCache:

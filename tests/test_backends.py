@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import r3d_kernels as r3d
-from r3d_kernels import backends, tuning
+from r3d_kernels import _layer, backends, tuning
+from r3d_kernels.ops import conv3d_sm90
 from r3d_kernels.problems import ConvProblem
 
 P = ConvProblem.parse("n1c8d3h6w6k16f3p1+res+relu")
@@ -188,6 +190,38 @@ def test_a_private_kernel_that_fails_is_not_chosen(monkeypatch) -> None:
     assert "oneDNN: failed: changed in torch 9" in record.reason
 
 
+def test_of_private_kernels_only_the_one_that_won_before_is_tried(measured, monkeypatch) -> None:
+    request, tried = request_for(), []
+
+    class Private:
+        backend, private = "torch", True
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    one, other = Private("one"), Private("other")
+    stock = next(k for k in backends.KERNELS if k.name == "stock")
+    seconds = {"one": 2e-3, "other": 1e-3, "stock": 3e-3}
+    monkeypatch.setattr(backends, "candidates", lambda request, asked: ([one, other, stock], {}))
+    monkeypatch.setattr(backends, "_measure", lambda able, *_: {k.name: seconds[k.name] for k in able})
+    wrong: dict[str, str] = {}
+    monkeypatch.setattr(
+        backends, "_fails", lambda kernel, *_: tried.append(kernel.name) or wrong.get(kernel.name)
+    )
+
+    def choose() -> str:
+        tried.clear()
+        return backends.choose(request, "auto", lambda kernel: None, None, None).kernel.name
+
+    assert choose() == "other"
+    assert tried == ["one", "other"]
+    assert choose() == "other"  # as in another process
+    assert tried == ["other"]
+    wrong["other"] = "its result is far from the stock layers'"
+    assert choose() == "one"
+    assert tried == ["other", "one"]
+
+
 # ---- measuring ----
 
 
@@ -278,7 +312,7 @@ def gpu_clock(monkeypatch) -> None:
         return kernel.device * (1.0 if kernel.measured == 2 else 1.5)  # the best of all is the answer
 
     monkeypatch.setattr(backends, "_gpu_seconds", seconds)
-    monkeypatch.setattr(backends, "_synchronize", lambda device: None)
+    monkeypatch.setattr(backends, "synchronize", lambda device: None)
 
 
 def test_what_a_library_does_in_its_first_call_is_not_held_against_it(gpu_clock) -> None:
@@ -303,6 +337,106 @@ def test_measuring_on_a_gpu_is_bounded(gpu_clock) -> None:
     assert [best[k.name] for k in kernels[:3]] == [5e-5, 1.1e-5, 1e-5]
 
 
+class Large(GpuKernel):
+    def run(self, *args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def test_a_kernel_that_finds_no_memory_ends_no_pass(gpu_clock, measured, monkeypatch) -> None:
+    """A fused network may fit where the stock layers that it is measured against do not."""
+    kernels = [Large("stock", 0.0, 0.0, 1e-6), GpuKernel("ours", 0.0, 0.0, 1e-5)]
+    request = backends.Request(P, torch.float32, torch.device("cuda"), 1)
+    packs = {k.name: None for k in kernels}
+    assert backends._measure(kernels, packs, None, None, request) == {"ours": 1e-5}
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
+        backends._measure(kernels[:1], packs, None, None, request)
+
+    monkeypatch.setattr(backends, "candidates", lambda request, asked: (list(kernels), {}))
+    monkeypatch.setattr(backends, "capturing", lambda device: False)
+    monkeypatch.setattr(tuning, "machine_key", lambda device, isa: "machine")
+    choice = backends.choose(request, "auto", lambda kernel: None, None, None)
+    assert choice.kernel is kernels[1]
+    assert choice.reason == "measured: fastest"
+
+
+def test_what_is_made_in_a_capture_is_not_kept(monkeypatch) -> None:
+    """It has no contents before a replay; and nothing is tried there."""
+    with monkeypatch.context() as m:
+        m.setattr(backends, "capturing", lambda device: True)
+        m.setattr(_layer, "_settled", lambda device: False)
+        tried = []
+        m.setattr(backends, "_fails", lambda *args: tried.append(args))
+        module, t = layer(), P.tensors()
+        with (
+            torch.inference_mode(),
+            pytest.warns(UserWarning, match="call the model once before the capture"),
+        ):
+            y = module(t.x, t.residual)
+        assert not tried
+        assert backends.explain(module) == []
+        assert _layer.layer_packs(module.conv) == []
+    assert run(module).kernel
+    assert backends.explain(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(t.x, t.residual), y, rtol=1e-4, atol=1e-4)
+
+
+def test_other_streams_find_packs_complete(monkeypatch) -> None:
+    """Whoever makes something waits for it once, before others can see it."""
+    waited: list[bool] = []
+    state = {}
+
+    def settled(device: torch.device) -> bool:
+        waited.append(not backends.explain(state["module"]))
+        return True
+
+    monkeypatch.setattr(_layer, "_settled", settled)
+    state["module"] = module = layer()
+    run(module)
+    assert waited == [True, True]  # for batch norm's scale and shift, and for the pack
+    run(module)
+    assert len(waited) == 2
+
+
+def test_waiting_for_a_device(monkeypatch) -> None:
+    class Stream:
+        waits = 0
+
+        def synchronize(self) -> None:
+            Stream.waits += 1
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(backends, "capturing", lambda device: False)
+    assert _layer._settled(torch.device("cpu"))
+    assert Stream.waits == 0
+    assert _layer._settled(torch.device("cuda", 1))
+    assert Stream.waits == 1
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    assert not _layer._settled(torch.device("cuda", 1))
+    assert Stream.waits == 1
+
+
+def test_default_device_and_dtype_change_nothing() -> None:
+    """torch.set_default_device("cuda") is common, and our own tensors have their places."""
+    module, t = layer(), P.tensors()
+    with torch.inference_mode():
+        want = module(t.x, t.residual)
+    other = copy.deepcopy(module)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.inference_mode():
+            assert torch.equal(other(t.x, t.residual), want)
+            assert torch.equal(P.tensors().x, t.x)
+            assert backends.choose_for(P, torch.float32).kernel
+            conv3d_sm90._trial.cache_clear()
+            (x, *_), exact, allowed = conv3d_sm90._trial(torch.bfloat16)
+            assert {x.device.type, exact.device.type, allowed.device.type} == {"cpu"}
+    finally:
+        torch.set_default_dtype(before)
+        conv3d_sm90._trial.cache_clear()
+
+
 def test_on_a_gpu_cudnns_own_search_makes_an_entry_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(tuning, "machine_key", lambda device, isa: "machine")
     request = backends.Request(P, torch.float32, torch.device("cuda"), 1)
@@ -317,8 +451,8 @@ def test_the_devices_own_work_is_waited_for(monkeypatch) -> None:
     """A tensor may lie on another GPU than the current one."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    backends._synchronize(torch.device("cuda", 1))
-    backends._synchronize(torch.device("cpu"))
+    backends.synchronize(torch.device("cuda", 1))
+    backends.synchronize(torch.device("cpu"))
     assert waited == [torch.device("cuda", 1)]
 
 
@@ -439,6 +573,56 @@ def test_what_could_not_be_written_is_written_later(measured, monkeypatch) -> No
     cache.put("a", "q", "direct", {"direct": 1.0})
     assert set(json.loads(measured.read_text())["machines"]["a"]) == {"p", "q"}
     assert [p.name for p in measured.parent.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_what_a_process_did_not_survive_is_known_to_the_next(measured) -> None:
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+        assert attempt.path.exists()
+        with tuning.Attempt("a kernel") as other:  # at the same time: no evidence of anything
+            assert other.earlier is None
+        assert attempt.path.exists()
+        with tuning.Attempt("another kernel") as other:
+            assert other.path != attempt.path
+    assert not attempt.path.exists()
+    with pytest.raises(KeyboardInterrupt), tuning.Attempt("a kernel"):
+        raise KeyboardInterrupt  # somebody was impatient, and Python still ran
+    assert not attempt.path.exists()
+
+    code = (
+        "import os, signal; from r3d_kernels import tuning\n"
+        "with tuning.Attempt('a kernel'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
+    for _ in range(2):  # until somebody removes it
+        with tuning.Attempt("a kernel") as attempt:
+            assert attempt.earlier == attempt.path
+        assert attempt.path.read_text().startswith("a kernel\nremove this file")
+    attempt.path.unlink()
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+        attempt.lost = True
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is not None
+
+
+def test_an_attempt_needs_neither_cache_nor_locks(measured, monkeypatch) -> None:
+    import fcntl
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as m:
+        m.setattr(fcntl, "flock", no_locks)
+        with tuning.Attempt("a kernel") as attempt:
+            assert attempt.earlier is None
+    with monkeypatch.context() as m:
+        m.setenv("R3D_KERNELS_TUNE", "0")
+        with tuning.Attempt("b kernel") as attempt:
+            assert not attempt.path.exists()
+    monkeypatch.setenv("R3D_KERNELS_CACHE", "/proc/nowhere")
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
 
 
 def test_file_systems_without_locks(measured, monkeypatch) -> None:

@@ -376,7 +376,53 @@ def test_main_writes_the_file(in_this_process: None, monkeypatch: pytest.MonkeyP
     assert data["machine"]["versions"]["torch"]
     assert data["kernels_left_out"] == {}
     assert [row["holds"] for row in data["floors"]] == ["not measured"] * len(gpu_report.FLOORS)
-    assert list(tmp_path.iterdir()) == [tmp_path / "gpu_report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_report.json", "gpu_report.png"]
+
+
+def test_a_picture_that_fails_loses_nothing(
+    in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_report, "plan", lambda left: [Section("a", lambda: {"x": 1})])
+    monkeypatch.setattr(gpu_report, "draw", lambda *_: broken(ValueError("no fonts"))())
+    assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 0
+    assert "no picture: ValueError: no fonts" in capsys.readouterr().err
+    assert json.loads((tmp_path / "gpu_report.json").read_text())["sections"][0]["status"] == "measured"
+
+
+def test_who_ends_the_report_gets_what_it_has(
+    in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sections = [
+        Section("a", lambda: {"x": 1}),
+        Section("b", lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)),
+        Section("c", lambda: {"x": 2}),
+    ]
+    monkeypatch.setattr(gpu_report, "plan", lambda left: sections)
+    before = signal.getsignal(signal.SIGTERM)
+    assert gpu_report.main(["--out", str(tmp_path), "--budget", "20"]) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    captured = capsys.readouterr()
+    assert "ended from outside" in captured.err
+    assert "floor: r3d_18 bf16" in captured.out
+    data = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert [s["status"] for s in data["sections"]] == ["measured", "not measured", "not measured"]
+    assert (tmp_path / "gpu_report.png").exists()
+
+
+def test_the_clocks_are_those_of_torchs_first_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, 0, stdout="1980 MHz\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for visible in (None, "", "3", "GPU-8f2a,GPU-77b1"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_report.nvidia_smi("clocks.sm") == "1980 MHz"
+    assert asked == ["0", "0", "3", "GPU-8f2a"]
 
 
 def test_a_run_goes_on_where_another_ended(
@@ -425,8 +471,21 @@ def test_picture(tmp_path: Path) -> None:
     ]
     gpu_report.draw(tmp_path / "a.png", {"sections": sections})
     assert (tmp_path / "a.png").stat().st_size > 1000
-    gpu_report.draw(tmp_path / "b.png", {"sections": sections[:2]})
-    assert not (tmp_path / "b.png").exists()
+    layer = {"layer": "layer1.0.conv1", "share_of_matmul": 0.6}
+    layers = {"network": "r3d_18", "batch": 32, "matmul_tflop_per_s": 700.0, "layers": [layer]}
+    sections.append({"status": "not measured", "data": layers, "data_is": "what was known when it ended"})
+    assert [bar[:2] for bar in gpu_report._layer_bars([layers, network])] == [
+        ("r3d_18 b32 layer1.0.conv1", 0.6)
+    ]
+    gpu_report.draw(tmp_path / "b.png", {"sections": sections})
+    assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
+    # A number that could not be measured is text in JSON, and no bar.
+    row["share_of_copy"] = "nan"
+    assert gpu_report._copy_bars([{"copy_gbyte_per_s": 1.0, "rows": [row]}]) == []
+    # Where nothing was measured, the picture tells what became of the sections.
+    nothing = [{"name": "environment", "status": "failed", "reason": "no data"}]
+    gpu_report.draw(tmp_path / "c.png", {"sections": nothing})
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_floors() -> None:
@@ -456,6 +515,10 @@ def test_floors() -> None:
         {"name": f"{eager}, max-autotune", "status": "measured", "data": {"faster_than_best_compile": 1.2}}
     )
     assert gpu_report.floors(entries)[1]["value"] == 1.2
+    # A number that is none is text in JSON.
+    entries[2]["data"] = {"least_share_wide": "nan", "least_share_64": 0.5}
+    assert [row["holds"] for row in gpu_report.floors(entries)[2:4]] == [unknown, True]
+    entries[2]["data"] = {"least_share_wide": 0.61, "least_share_64": 0.44}
     # What a section knew before it was ended is no measurement.
     entries[0]["status"] = "not measured"
     assert gpu_report.floors(entries)[0]["holds"] == "not measured"
@@ -502,6 +565,8 @@ def test_commands_under_a_sanitizer_are_ended_with_their_children(tmp_path: Path
     bad = "; ".join(f"print('{line}')" for line in lines) + "; exit(9)"
     said = gpu_report._sanitized([sys.executable, "-c", bad], 600.0)
     assert said == "exit code 9: Invalid __global__ read ERROR SUMMARY: 1 error ERROR SUMMARY: 1 error"
+    seen = "import os; exit(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] != '1')"
+    assert gpu_report._sanitized([sys.executable, "-c", seen], 600.0) == "clean"
 
 
 def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,12 +574,24 @@ def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds: list[float] = []
     monkeypatch.setattr(gpu_report, "require_op", lambda: None)
     monkeypatch.setattr(gpu_report, "sanitizer_path", lambda: "compute-sanitizer")
-    monkeypatch.setattr(gpu_report, "_sanitized", lambda command, s: seconds.append(s) or next(said))
+    commands: list[list[str]] = []
+
+    def sanitized(command: list[str], s: float) -> str:
+        seconds.append(s)
+        commands.append(command)
+        return next(said)
+
+    monkeypatch.setattr(gpu_report, "_sanitized", sanitized)
     with pytest.raises(Failed, match="racecheck: exit code 9: Race") as caught:
         gpu_report.sanitize(lambda: 93.0)
     assert caught.value.data["memcheck"] == "clean"
     assert caught.value.data["synccheck"].startswith("not measured")
     assert seconds == [30.0, 45.0, 90.0]  # a third of what is left, a half, all
+    assert [c[1] for c in commands] == ["--tool=memcheck", "--tool=racecheck", "--tool=synccheck"]
+    for command in commands:  # errors that libraries ask for are none of a kernel's
+        assert command[0] == "compute-sanitizer"
+        assert {"--error-exitcode=9", "--report-api-errors=no", "--kernel-name=kns=r3d"} <= set(command)
+        assert command[command.index(sys.executable) + 2 :] == ["--sanitizer-child"]
 
 
 def test_the_norms_share_is_that_of_tensors_beyond_the_cache() -> None:
@@ -578,6 +655,18 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- gpu_sm80.py ----
+
+
+def test_devices_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert gpu_report.check_second_device(("cpu", "cpu"), graphs=False)["errors"] == [0.0, 0.0]
+    answers = iter([1.0, 1.0, 1.3])
+    monkeypatch.setattr(measure, "relative_error", lambda *_: next(answers))
+    with pytest.raises(Failed, match="the answers of cpu, cpu differ"):
+        gpu_report.check_second_device(("cpu", "cpu"), graphs=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NotHere, match="needs 2 GPUs, found 1"):
+        gpu_report.check_second_device()
 
 
 def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,7 +877,7 @@ def test_hopper_speed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["share_of_matmul"] == pytest.approx(22.2 / 500, abs=1e-3)
     assert row["ours_is_faster"] == 2.0
     assert row["cudnn_fused_us"] == 1500.0
-    assert row["predicted"]["tile"] == "352x64x3"
+    assert row["predicted"]["tile"] == "480x64x3"
     assert 0 < row["predicted"]["us"] < 1000
     residual = next(r for r in rows if r["layer"] == "layer1.0.conv2.0")
     assert residual["cudnn_fused_us"] == "not measured"

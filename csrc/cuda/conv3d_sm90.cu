@@ -29,8 +29,9 @@ namespace r3d::cuda {
 struct Sm90Params {
   int channels;  // K
   int out_d, out_h, out_w;
-  int width;  // positions in a row: out_w, or the padded input's where taps share their load
-  int rows;   // whole rows in a slice, or 0
+  int width;      // positions in a row: out_w, or the padded input's where taps share their load
+  int per_width;  // 2^16 / width rounded up: position i of a slice is in row i * per_width >> 16
+  int rows;       // whole rows in a slice, or 0
   int stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w;
   int kernel_h, kernel_w;  // kernel_w: loads along the width, 1 where taps share theirs
   int depth_steps;         // of 64 channels
@@ -241,6 +242,20 @@ __device__ __forceinline__ void store_tiles(const K& k, const Sm90Params& p, int
   }
 }
 
+// acc += kParts parts, one after the other; all of them are asked for first.
+template <int kParts, int kBlocks, int kEach>
+__device__ __forceinline__ void add_parts(const float* from, float (&acc)[kBlocks][kEach]) {
+  float v[kParts][kBlocks][kEach];
+#pragma unroll
+  for (int j = 0; j < kParts * kBlocks * kEach; j++) (&v[0][0][0])[j] = from[j * 128];
+#pragma unroll
+  for (int part = 0; part < kParts; part++)
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int i = 0; i < kEach; i++) acc[m][i] += v[part][m][i];
+}
+
 // Adds up the parts of a split sum in their order, whichever block comes last; false for the others.
 template <class K>
 __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tiles& t, int consumer,
@@ -252,42 +267,50 @@ __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tile
   for (int m = 0; m < K::kBlocks; m++)
 #pragma unroll
     for (int i = 0; i < kEach; i++) all[t.at.part * kPart + (m * kEach + i) * 128] = acc[m][i];
-  hopper::publish();
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (thread == 0) k.last[consumer] = hopper::take_ticket(p.tickets + place) == unsigned(p.split - 1);
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (!k.last[consumer]) return false;
-  hopper::observe();
 #pragma unroll
   for (int m = 0; m < K::kBlocks; m++)
 #pragma unroll
     for (int i = 0; i < kEach; i++) acc[m][i] = 0;
-  for (int part = 0; part < p.split; part++)
-#pragma unroll
-    for (int m = 0; m < K::kBlocks; m++)
-#pragma unroll
-      for (int i = 0; i < kEach; i++) acc[m][i] += all[part * kPart + (m * kEach + i) * 128];
+  // Small tiles have registers for several parts on their way at once: a part is a trip to L2.
+  constexpr int kAtOnce = K::kBlocks * kEach <= 32 ? 4 : 1;
+  int part = 0;
+  for (; part + kAtOnce <= p.split; part += kAtOnce) add_parts<kAtOnce>(all + part * kPart, acc);
+  for (; part < p.split; part++) add_parts<1>(all + part * kPart, acc);
   return true;
 }
+
+// Scale and bias of the two channels that a thread has in each of its blocks. Read before the products, which
+// hide how long that takes.
+template <int kBlocks>
+struct Affine {
+  float scale[kBlocks][2], bias[kBlocks][2];
+  __device__ __forceinline__ Affine(const Sm90Params& p, int first_channel, int thread) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int channel = first_channel + m * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
+        const bool inside = channel < p.channels;
+        scale[m][i] = inside ? p.scale[channel] : 0.f;
+        bias[m][i] = inside ? p.bias[channel] : 0.f;
+      }
+  }
+};
 
 // Scale, bias, residual, activation, conversion: registers to staging buffer. A warp has sixteen channels;
 // sixteen pixels at a time make four 8 x 8 matrices, which are stored transposed: a row is one pixel's eight
 // channels.
 template <class T, class K>
-__device__ __forceinline__ void finish(const K& k, const Sm90Params& p, int first_channel, int consumer,
-                                       int thread, const float (&acc)[K::kBlocks][K::kN / 2]) {
+__device__ __forceinline__ void finish(const K& k, const Sm90Params& p, const Affine<K::kBlocks>& affine,
+                                       int consumer, int thread, const float (&acc)[K::kBlocks][K::kN / 2]) {
   const int warp = thread / 32, lane = thread % 32;
   const float floor = p.relu ? 0.f : -INFINITY;  // nothing is below it; NaN passes the comparison below
 #pragma unroll
   for (int m = 0; m < K::kBlocks; m++) {
-    const int channel = first_channel + m * 64 + warp * 16 + lane / 4;
-    float scale[2], bias[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const bool inside = channel + 8 * i < p.channels;
-      scale[i] = inside ? p.scale[channel + 8 * i] : 0.f;
-      bias[i] = inside ? p.bias[channel + 8 * i] : 0.f;
-    }
     char* block = k.block(consumer, m);
     const int chunk = warp * 2 + lane / 8 % 2;  // 16 bytes of the pixel's 128
 #pragma unroll
@@ -295,7 +318,7 @@ __device__ __forceinline__ void finish(const K& k, const Sm90Params& p, int firs
       int pixel = j * 16 + lane / 16 * 8 + lane % 8;
       bool stored = true;
       if constexpr (K::tile.taps > 1) {  // the padding between rows is left out
-        const int row = pixel / p.width, column = pixel - row * p.width;
+        const int row = pixel * p.per_width >> 16, column = pixel - row * p.width;
         stored = row < p.rows && column < p.out_w;
         pixel = row * p.out_w + column;
       }
@@ -305,7 +328,8 @@ __device__ __forceinline__ void finish(const K& k, const Sm90Params& p, int firs
 #pragma unroll
       for (int q = 0; q < 4; q++)  // q: pixels of this half, channels of this half
 #pragma unroll
-        for (int e = 0; e < 2; e++) v[q][e] = fmaf(acc[m][j * 8 + q * 2 + e], scale[q % 2], bias[q % 2]);
+        for (int e = 0; e < 2; e++)
+          v[q][e] = fmaf(acc[m][j * 8 + q * 2 + e], affine.scale[m][q % 2], affine.bias[m][q % 2]);
       uint32_t packed[4];
       if (p.has_residual) {
         hopper::load_transposed(packed, at);
@@ -332,6 +356,7 @@ __device__ __forceinline__ void multiply_tiles(const K& k, const Sm90Params& p, 
   Turn<K::kWeightStages> weights_at;
   const bool leads = thread % 32 == 0;  // the lane that speaks for its warp
   for (Tiles t(p); t.more(); t.next()) {
+    const Affine<K::kBlocks> affine(p, t.at.channel * K::tile.channels + channels, thread);
     float acc[K::kBlocks][K::kN / 2];
     int read = -1, weights_read = -1;  // stages of the products under way
     for (int step = t.begin; step < t.end; step++) {
@@ -371,8 +396,7 @@ __device__ __forceinline__ void multiply_tiles(const K& k, const Sm90Params& p, 
     }
 
     hopper::mbarrier_wait(k.open + consumer, t.number & 1);
-    if (p.split == 1 || join(k, p, t, consumer, thread, acc))
-      finish<T>(k, p, t.at.channel * K::tile.channels + channels, consumer, thread, acc);
+    if (p.split == 1 || join(k, p, t, consumer, thread, acc)) finish<T>(k, p, affine, consumer, thread, acc);
     hopper::fence_for_copies();
     hopper::mbarrier_arrive(k.done + consumer);
   }
@@ -479,6 +503,7 @@ Sm90Params parameters(const ConvArgs& a, const float* scale, const Sm90Plan& pla
   p.channels = int(g.k);
   p.out_d = int(g.out.d), p.out_h = int(g.out.h), p.out_w = int(g.out.w);
   p.width = int(g.out.w + (rows ? (g.kernel.w - 1) * g.dilation.w : 0));
+  p.per_width = (65535 + p.width) / p.width;
   p.rows = plan.rows;
   p.stride_d = int(g.stride.d), p.stride_h = int(g.stride.h), p.stride_w = int(g.stride.w);
   p.pad_d = int(g.padding.d), p.pad_h = int(g.padding.h), p.pad_w = int(g.padding.w);

@@ -30,9 +30,9 @@ struct Sm90Tile {
 };
 
 // In the order of preference where the estimate is the same.
-constexpr Sm90Tile kSm90Tiles[] = {{240, 128, 3}, {352, 64, 3}, {128, 64, 3}, {256, 128, 1},
-                                   {128, 256, 1}, {384, 64, 1}, {256, 64, 1}, {128, 128, 1},
-                                   {64, 256, 1},  {128, 64, 1}, {64, 128, 1}, {64, 64, 1}};
+constexpr Sm90Tile kSm90Tiles[] = {{240, 128, 3}, {352, 64, 3}, {480, 64, 3}, {128, 64, 3},  {256, 128, 1},
+                                   {128, 256, 1}, {384, 64, 1}, {256, 64, 1}, {128, 128, 1}, {64, 256, 1},
+                                   {128, 64, 1},  {64, 128, 1}, {64, 64, 1}};
 constexpr int kSm90TileCount = sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]);
 
 constexpr int kSm90Consumers = 2;                         // warpgroups that multiply
@@ -51,7 +51,7 @@ struct Sm90Layout {
   int control_bytes;  // with taps, and 16 bytes a thread for outputs that lie in the padding
   // Stages of the ring: pixels and weights of a step. Where taps share their pixels, a step is too large for
   // more than two, which would leave no time for a load: weights then have a ring of their own, one tap a
-  // stage.
+  // stage. Pixels have three stages, or two where those of the largest tile leave no room.
   int stages, weight_stages;
   int ring_bytes, shared_bytes;
 };
@@ -69,7 +69,8 @@ constexpr Sm90Layout sm90_layout(const Sm90Tile& t) {
   const int room = kSm90Shared - l.control_bytes - l.staging_bytes;
   l.stages = room / l.stage_bytes < 8 ? room / l.stage_bytes : 8;
   if (t.taps > 1) {
-    if (l.stages < 3) l.stages = 3;
+    const int enough = 3 * l.pixel_bytes + (t.taps + 1) * l.weight_bytes <= room ? 3 : 2;
+    if (l.stages < enough) l.stages = enough;
     l.weight_stages = (room - l.stages * l.pixel_bytes) / l.weight_bytes;
     if (l.weight_stages > 16) l.weight_stages = 16;
   }
@@ -147,13 +148,14 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kSm90FlopsPerClock = 4096;  // dense bf16, of one multiprocessor
 constexpr int64_t kSm90SharedPerClock = 128;  // bytes
 constexpr int64_t kSm90L2PerClock = 28;       // bytes, of one multiprocessor while all read
+constexpr int64_t kSm90Latency = 1200;        // of a load, before its first byte
 constexpr int64_t kSm90TileOverhead = 1200;   // filling the pipeline, barriers
 constexpr int64_t kSm90OutputsPerClock = 16;  // of the epilogue
 constexpr int64_t kSm90SmallestPart = 4;      // steps in a part of a split sum
 constexpr int kSm90Splits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
 // One step of 64 channels and `taps` taps, everything overlapping: the slowest of multiplying, shared memory,
-// L2.
+// L2, and the way of a stage from L2 while the others are read.
 inline int64_t sm90_step_cycles(const Sm90Tile& t) {
   const Sm90Layout l = sm90_layout(t);
   const int64_t flops = int64_t(2) * t.pixels * t.channels * kSm90Depth * t.taps;
@@ -161,7 +163,9 @@ inline int64_t sm90_step_cycles(const Sm90Tile& t) {
   const int64_t wgmmas = int64_t(kSm90Consumers) * (l.slice_channels / 64) * t.taps * (kSm90Depth / 16);
   const int64_t shared = wgmmas * 32 * (64 + l.slice_pixels) + l.stage_bytes;
   int64_t most = ceil_div(flops, kSm90FlopsPerClock);
-  const int64_t others[] = {ceil_div(shared, kSm90SharedPerClock), ceil_div(l.stage_bytes, kSm90L2PerClock)};
+  const int64_t ahead = t.taps > 1 ? l.pixel_bytes : l.stage_bytes;
+  const int64_t others[] = {ceil_div(shared, kSm90SharedPerClock), ceil_div(l.stage_bytes, kSm90L2PerClock),
+                            ceil_div(kSm90Latency + ceil_div(ahead, kSm90L2PerClock), l.stages - 1)};
   for (int64_t c : others) most = c > most ? c : most;
   return most;
 }

@@ -91,7 +91,11 @@ def _tuning_cache() -> dict[str, Any]:
     entries = 0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         entries = sum(len(found) for found in json.loads(path.read_text())["machines"].values())
-    return {"enabled": enabled, "path": str(path), "entries": entries}
+    found = {"enabled": enabled, "path": str(path), "entries": entries}
+    with contextlib.suppress(OSError):  # where there are any: what is not tried until they are removed
+        if traces := [t for t in sorted(path.parent.glob("trying-*.txt")) if t.stat().st_size]:
+            found["not_survived"] = [f"{t.read_text().splitlines()[0]} ({t})" for t in traces]
+    return found
 
 
 def _plain(value: Any) -> Any:

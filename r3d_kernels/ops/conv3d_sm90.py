@@ -5,6 +5,7 @@ It is called through `backends`; nothing here is for users.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,26 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r3d_kernels import _extension
+from r3d_kernels import _extension, tuning
+from r3d_kernels._sm90 import TILES
 from r3d_kernels.ops._flops import flop_formula
 
-__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "trial_error"]
-
-# Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
-TILES = (
-    (240, 128, 3),
-    (352, 64, 3),
-    (128, 64, 3),
-    (256, 128, 1),
-    (128, 256, 1),
-    (384, 64, 1),
-    (256, 64, 1),
-    (128, 128, 1),
-    (64, 256, 1),
-    (128, 64, 1),
-    (64, 128, 1),
-    (64, 64, 1),
-)
+__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "refused", "trial_error"]
 
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
@@ -51,11 +37,12 @@ def in_rows(t: Tensor, fill: float = 0.0) -> Tensor:
 @cache
 def _trial(dtype: torch.dtype, padded: bool = False) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """(x, weight, scale, bias, residual), the exact answer, and what rounding allows; channels for the widest tile."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     k, c = max(channels for _, channels, _ in TILES) + (5 if padded else 8), 77 if padded else 72
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
+        # neither on the default device nor of the default dtype: a user may have set both
+        return torch.randn(shape, generator=g, device="cpu", dtype=torch.float32)
 
     x, weight = normal(2, c, 4, 9, 21).to(dtype), (normal(k, c, 2, 3, 3) / (c * 18) ** 0.5).to(dtype)
     scale, bias = normal(k), normal(k)
@@ -102,12 +89,16 @@ def trial_error(
 proven: dict[tuple[int, bool], int] = {}
 """Index of a GPU, padded -> what `proven_tiles` found."""
 
+refused: dict[int, str] = {}
+"""Index of a GPU -> why no tile is tried on it."""
+
 
 def proven_tiles(index: int, padded: bool = False) -> int:
     """Bits of the tiles that compute what they should on this GPU: each is tried once in a process.
 
     The kernels lean on how the hardware reads its descriptors. A GPU, driver or compiler that sees one of them in
-    another way costs speed here, and not the user's results.
+    another way costs speed here, and not the user's results. A trial that hangs or that breaks the GPU's context costs
+    one process: later ones find its trace beside the tuning cache, warn, and do without.
 
     Args:
         index: of the GPU.
@@ -117,19 +108,47 @@ def proven_tiles(index: int, padded: bool = False) -> int:
         return proven[index, padded]
     device = torch.device("cuda", index)
     good = 0
-    for tile in range(len(TILES)):
-        try:
-            works = all(
-                trial_error(dtype, tile, split, device, padded=padded) <= 1
-                for dtype in (torch.bfloat16, torch.float16)
-                for split in (1, 2)
+    with tuning.Attempt(f"wgmma kernels on {tuning.machine_key(device, '')}") as attempt:
+        if attempt.earlier is not None:
+            refused[index] = f"an earlier process did not survive its trial here: {attempt.earlier}"
+            warnings.warn(
+                f"r3d_kernels does without its Hopper kernels: an earlier process did not survive their trial; remove "
+                f"{attempt.earlier} to have them tried again",
+                stacklevel=2,
             )
-        except RuntimeError:
-            works = False
-        good |= works << tile
-    _trial.cache_clear()
+        else:
+            try:
+                for tile in range(len(TILES)):
+                    good |= _works(tile, device, padded) << tile
+            except torch.OutOfMemoryError:  # tells nothing of the kernels: tried again next time
+                return 0
+            finally:
+                _trial.cache_clear()
+            attempt.lost = not good and _lost(device)
     proven[index, padded] = good
     return good
+
+
+def _works(tile: int, device: torch.device, padded: bool) -> bool:
+    try:
+        return all(
+            trial_error(dtype, tile, split, device, padded=padded) <= 1
+            for dtype in (torch.bfloat16, torch.float16)
+            for split in (1, 2)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether nothing works on the device any more, in this process."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 if _extension.error is None:

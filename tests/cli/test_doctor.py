@@ -8,7 +8,7 @@ import platform
 import pytest
 import torch
 
-from r3d_kernels import __version__
+from r3d_kernels import __version__, tuning
 from r3d_kernels.cli import doctor, main
 
 
@@ -35,6 +35,18 @@ def test_json(capsys, monkeypatch, tmp_path):
     assert set(report["compilers"]) == {"c++", "nvcc", "ninja"}
     assert len(report["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert [bug["applies"] in (True, False) for bug in report["upstream_bugs"]] == [True, True]
+
+
+def test_what_is_not_tried_any_more_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    with tuning.Attempt("a kernel on a GPU") as attempt:
+        attempt.lost = True
+    with tuning.Attempt("another"):
+        pass
+    assert doctor._tuning_cache()["not_survived"] == [f"a kernel on a GPU ({attempt.path})"]
+    attempt.path.write_text("")
+    assert "not_survived" not in doctor._tuning_cache()
 
 
 def test_usable_here(report):

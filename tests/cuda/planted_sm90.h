@@ -27,6 +27,7 @@ enum Bug : int {
   kTooManyArrivals,        // each lane of a warp arrives, where one is expected
   kNoNamedBarrier,         // a flag is read before it is written
   kBarrierOverwritten,     // a load that is too long runs into the barriers
+  kTicketTooEarly,         // a ticket speaks for threads that have not met yet
   kBugs
 };
 
@@ -37,7 +38,7 @@ constexpr int kShared = kStages * 2 * kTile + kTile + 1024;
 template <int bug>
 __global__ void pipeline(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
                          const __grid_constant__ TensorMap residual, const __grid_constant__ TensorMap y,
-                         float* flags) {
+                         float* flags, unsigned* tickets) {
   R3D_DYNAMIC_SHARED(shared);
   char* staging = shared + kStages * 2 * kTile;
   uint64_t* full = reinterpret_cast<uint64_t*>(staging + kTile);
@@ -122,7 +123,9 @@ __global__ void pipeline(const __grid_constant__ TensorMap a, const __grid_const
     if (bug == kReadBeforeProducts) hopper::wgmma_wait<0>();
 
     if (threadIdx.x == 70) *flag = tile;
+    if (bug == kTicketTooEarly && threadIdx.x == 0) hopper::take_ticket(tickets);
     if (bug != kNoNamedBarrier) hopper::named_barrier(1, 128);
+    if (bug != kTicketTooEarly && bug != kNoNamedBarrier && threadIdx.x == 0) hopper::take_ticket(tickets);
     flags[tile * 128 + threadIdx.x] = float(*flag);
     hopper::named_barrier(1, 128);
   }
@@ -130,7 +133,9 @@ __global__ void pipeline(const __grid_constant__ TensorMap a, const __grid_const
 
 template <int bug>
 const char* launch(const TensorMap (&m)[4], float* flags) {
-  R3D_LAUNCH_SHARED(pipeline<bug>, dim3(1), dim3(kThreads), kShared, nullptr, m[0], m[1], m[2], m[3], flags);
+  unsigned tickets = 0;
+  R3D_LAUNCH_SHARED(pipeline<bug>, dim3(1), dim3(kThreads), kShared, nullptr, m[0], m[1], m[2], m[3], flags,
+                    &tickets);
   return launch_error();
 }
 

@@ -15,7 +15,7 @@ from r3d_kernels.problems import LAYERS, ConvProblem
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 TIMINGS = list(itertools.product([False, True], repeat=2))  # late copies, late products
 SMALL, SHARED = TILES.index((64, 64, 1)), TILES.index((352, 64, 3))
-SHARED_WIDE = TILES.index((240, 128, 3))
+SHARED_WIDE, SHARED_LARGE = TILES.index((240, 128, 3)), TILES.index((480, 64, 3))
 
 
 def pitches(*tensors):
@@ -147,6 +147,7 @@ MODES = [
     ("n1c64d2h6w6k64f3p1+res+relu", SMALL, 4),
     ("n1c64d3h9w14k64f3x1x3p1x0x1+res+relu", SHARED, 1),
     ("n1c16d3h9w14k72f3x1x3p1x0x1+res+relu", SHARED_WIDE, 1),
+    ("n1c72d3h9w14k72f3x1x3p1x0x1+res+relu", SHARED_LARGE, 1),  # two stages of pixels
     ("n1c72d2h5w9k136f1x3x2p0x2x1+res", TILES.index((64, 256, 1)), 2),  # two wgmmas a step
     ("n1c45d3h5w6k70f3p0x1x2+res+relu", SMALL, 2),  # channels that are no multiple of 8
     ("n1c70d2h5w9k45f3x1x3p1x0x1+res+relu", SHARED, 1),
@@ -290,6 +291,14 @@ def test_taps_that_share_their_load(emu, text):
         emu.configure(2, 7, late, late)
         Case(text).check(emu, SHARED)
         Case(text).check(emu, SHARED_WIDE)
+        Case(text).check(emu, SHARED_LARGE)
+
+
+def test_rows_of_positions_by_multiplication():
+    """The epilogue has no division: exact for every position and width of a slice."""
+    for width in range(1, 257):
+        per_width = (65535 + width) // width
+        assert all(i * per_width >> 16 == i // width for i in range(256))
 
 
 def random_problem(rng):
@@ -403,8 +412,11 @@ def test_plans(emu):
             assert (plan["workspace_bytes"] > 0) == (plan["split"] > 1)
             assert plan["steps"] >= 4 * plan["split"] or plan["split"] == 1
             assert plan["workspace_bytes"] <= 256 << 20
-    # The most expensive stage of r3d_18 shares its loads; small late layers are split.
-    assert emu.plan(geometry(ConvProblem.parse("n8c64d16h56w56k64f3s1p1")), 132)["tile"] == SHARED
+    # The most expensive stage of r3d_18 shares its loads, one clip in one wave of the largest tile; small late layers
+    # are split.
+    assert emu.plan(geometry(ConvProblem.parse("n32c64d16h56w56k64f3s1p1")), 132)["tile"] == SHARED
+    alone = emu.plan(geometry(ConvProblem.parse("n1c64d16h56w56k64f3s1p1")), 132)
+    assert (alone["tile"], alone["grid"]) == (SHARED_LARGE, 112)
     assert emu.plan(geometry(ConvProblem.parse("n8c128d8h28w28k128f3s1p1")), 132)["tile"] == SHARED_WIDE
     assert emu.plan(geometry(ConvProblem.parse("n1c512d2h7w7k512f3s1p1")), 132)["split"] > 1
 

@@ -22,11 +22,13 @@ BUGS = (
     "too many arrivals",
     "no named barrier",
     "barrier overwritten",
+    "ticket too early",
 )
 MESSAGES = {
     "no product fence": "wgmma without wgmma_fence",
     "too many bytes": "deadlock, .* waiting for an event",
     "too many arrivals": "more arrivals",
+    "ticket too early": "a ticket is taken before all threads of the warpgroup have met",
     "barrier overwritten": "an mbarrier was overwritten|writes past the block's shared memory",
 }
 

@@ -48,11 +48,17 @@ def test_layouts_are_the_kernels(emulated_sm90):
 
 
 def test_rings_are_deep_enough_for_the_latency_of_a_load():
-    """A ring of two stages would be read faster than it is filled: tiles whose taps share pixels would have one."""
+    """A joint ring of two stages would be read faster than it is filled: tiles whose taps share pixels would have one.
+
+    The largest has two of pixels, and its estimate says what that costs.
+    """
     for tile in TILES:
         assert gpu_paper.spare_clocks(tile) > 0, tile
     wide = gpu_paper.layout((240, 128, 3))
     assert (wide.stages, wide.weight_stages) == (3, 4)
+    large = gpu_paper.layout((480, 64, 3))
+    assert (large.stages, large.weight_stages) == (2, 5)
+    assert [tile for tile in TILES if gpu_paper.step(tile).limit == "latency"] == [(480, 64, 3)]
     joint = gpu_paper.SHARED - (wide.shared_bytes - 3 * 240 * 128 - 4 * 128 * 128)
     assert joint // wide.stage_bytes == 2
 
@@ -141,3 +147,4 @@ def test_prints(capsys):
     assert printed.count("stem and max-pool:") == 2  # r3d_18 has none
     assert "n32c64d16h56w56k64f3s1p1+res+relu" in printed
     assert "352x64 /3" in printed
+    assert "480x64 /3" in printed

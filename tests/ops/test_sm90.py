@@ -67,11 +67,13 @@ def test_flops():
 
 
 def test_it_is_one_of_the_kernels():
-    (kernel,) = [k for k in backends.KERNELS if isinstance(k, Sm90Cuda)]
+    kernels = [k for k in backends.KERNELS if isinstance(k, Sm90Cuda)]
+    assert [k.name for k in kernels] == ["wgmma", *("wgmma {}x{}x{}".format(*t) for t in conv3d_sm90.TILES)]
     names = [k.name for k in backends.KERNELS]
-    assert names.index(kernel.name) < names.index("cuDNN + bn_act")
-    assert kernel.private  # a geometry that the driver refuses costs speed, and no user's pass
-    assert kernel.compared
+    for kernel in kernels:
+        assert names.index(kernel.name) < names.index("cuDNN + bn_act")
+        assert kernel.private  # a geometry that the driver refuses costs speed, and no user's pass
+        assert kernel.compared
 
 
 def request(text="n1c64d4h8w8k64f3p1", dtype=torch.bfloat16, device="cuda:0"):
@@ -92,7 +94,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(conv3d_sm90, "proven", {})
+    monkeypatch.setattr(conv3d_sm90, "refused", {})
 
 
 def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
@@ -168,3 +173,96 @@ def test_what_it_cannot_run(hopper, text, dtype, why):
 def test_another_gpu(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "compute capability 9.0" in Sm90Cuda().can_run(request())
+
+
+def choice(text, tiles=-1, multiprocessors=132):
+    p = ConvProblem.parse(text)
+    return torch.ops.r3d_kernels.conv3d_sm90_choice(
+        p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation, multiprocessors, tiles
+    )
+
+
+LAYER1 = "n32c64d16h56w56k64f3s1p1+relu"
+
+
+def test_the_choice_reaches_python():
+    large, largest = conv3d_sm90.TILES.index((352, 64, 3)), conv3d_sm90.TILES.index((480, 64, 3))
+    tile, split, clocks = choice(LAYER1)
+    assert (tile, split) == (large, 1)
+    assert choice(LAYER1, 1 << largest)[:2] == [largest, 1]
+    assert choice(LAYER1, 1 << largest)[2] > clocks
+    assert choice(LAYER1.replace("n32", "n1"))[0] == largest
+    assert choice("n1c64d4h8w8k64f1", 1 << largest) == []  # no taps that could share
+    assert choice(LAYER1, 0) == []
+    with pytest.raises(RuntimeError, match="multiprocessors: expected an integer > 0, got 0"):
+        choice(LAYER1, multiprocessors=0)
+
+
+def test_tiles_that_may_be_faster_than_predicted_are_measured(hopper, monkeypatch):
+    """What decides between tiles on paper is L2's rate, which nobody promises: the close ones compete."""
+    monkeypatch.setattr(_extension, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
+    kernels = [k for k in backends.KERNELS if isinstance(k, Sm90Cuda)]
+
+    def told(text):
+        return {k.name: k.can_run(request(text)) for k in kernels}
+
+    answers = told(LAYER1)
+    assert [name for name, why_not in answers.items() if why_not is None] == ["wgmma", "wgmma 480x64x3"]
+    assert answers["wgmma 352x64x3"] == "is what 'wgmma' takes here"
+    assert answers["wgmma 64x64x1"] == "predicted to be far slower"
+    assert told("n8c64d8h28w28k64f1s1p0")["wgmma 480x64x3"] == "the tile does not fit"
+    # Their reasons would drown those of other kernels.
+    monkeypatch.setattr(backends, "KERNELS", [backends.OneDnn(), *kernels, backends.Stock()])
+    able, reasons = backends.candidates(request(LAYER1))
+    assert [k.name for k in able if isinstance(k, Sm90Cuda)] == ["wgmma", "wgmma 480x64x3"]
+    assert list(reasons) == ["oneDNN"]
+
+    layer = backends.Layer.of(torch.randn(64, 64, 3, 3, 3), None, None)
+    largest = conv3d_sm90.TILES.index((480, 64, 3))
+    assert Sm90Cuda(largest).pack(layer, request(LAYER1))[-1] == 1 << largest
+    conv3d_sm90.proven[0, False] &= ~(1 << largest)  # its trial has failed
+    assert "wrong results" in told(LAYER1)["wgmma 480x64x3"]
+    assert told(LAYER1)["wgmma"] is None
+
+
+def test_a_trial_that_breaks_the_gpu_is_not_tried_by_the_next_process(hopper, monkeypatch, tmp_path):
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conv3d_sm90, "trial_error", broken)
+    kernel = Sm90Cuda()
+    assert "wrong results" in kernel.can_run(request())  # the GPU answers still: nothing is left
+    assert list(tmp_path.iterdir()) == []
+    conv3d_sm90.proven.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    kernel.can_run(request())
+    (trace,) = tmp_path.iterdir()
+    assert "wgmma kernels on r3d_kernels" in trace.read_text()
+    assert "NVIDIA H200" in trace.read_text()
+
+    conv3d_sm90.proven.clear()  # another process
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: pytest.fail("tried again"))
+    with pytest.warns(UserWarning, match=f"did not survive their trial; remove {trace}"):
+        assert str(trace) in kernel.can_run(request())
+    assert "did not survive" in kernel.can_run(request())
+    trace.unlink()
+    conv3d_sm90.proven.clear()
+    conv3d_sm90.refused.clear()
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
+    assert kernel.can_run(request()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_gpu_tells_nothing_of_the_kernels(hopper, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(conv3d_sm90, "trial_error", full)
+    assert Sm90Cuda().can_run(request()) is not None
+    assert conv3d_sm90.proven == {}  # later, perhaps
+    monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
+    assert Sm90Cuda().can_run(request()) is None

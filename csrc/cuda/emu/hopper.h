@@ -187,6 +187,7 @@ class Hopper : public Engine {
 
   void named_barrier(int id, int count) {
     if (id < 1 || id > 15 || count % 32) fail("a named barrier has a number from 1 to 15 and whole warps");
+    met_[Machine::get().thread()]++;
     Named& b = named_[id];
     const unsigned generation = b.generation;
     if (++b.arrived == count) {
@@ -199,13 +200,13 @@ class Hopper : public Engine {
 
   // ---- between blocks: they run one after the other, so the order is checked and not tried
 
-  void publish() { published_[Machine::get().thread()] = true; }
-
+  // Each ticket has a barrier before it and one behind it.
   void take_ticket() {
-    const auto first = published_.begin() + Machine::get().thread() / 128 * 128;
-    if (std::find(first, first + 128, false) != first + 128)
-      fail("a ticket is taken before all threads of the warpgroup have published what it stands for");
-    std::fill(first, first + 128, false);
+    int* first = met_.data() + Machine::get().thread() / 128 * 128;
+    for (int i = 0; i < 128; i++) {
+      if (first[i] < 2) fail("a ticket is taken before all threads of the warpgroup have met");
+      first[i] -= 2;
+    }
   }
 
   // ---- seen by the machine
@@ -214,7 +215,7 @@ class Hopper : public Engine {
     barriers_.clear();
     copies_.clear();
     products_.assign(1024, {});
-    published_.assign(1024, false);
+    met_.assign(1024, 1);
     for (Named& b : named_) b = {};
     base_ = nullptr;
   }
@@ -358,7 +359,7 @@ class Hopper : public Engine {
   std::map<uint64_t*, Barrier> barriers_;
   std::vector<Copy> copies_;
   std::vector<Products> products_;
-  std::vector<bool> published_;
+  std::vector<int> met_;  // for each thread: barriers since its last ticket, and one
   std::vector<int>
       unfenced_;  // for each 16 bytes of shared memory: the thread whose write is not fenced, or -1
   Named named_[16];
@@ -431,8 +432,6 @@ inline void fence_for_copies() { emu::Hopper::get().fence(); }
 
 inline void named_barrier(int id, int threads) { emu::Hopper::get().named_barrier(id, threads); }
 
-inline void publish() { emu::Hopper::get().publish(); }
-inline void observe() {}
 inline unsigned take_ticket(unsigned* counter) {
   emu::Hopper::get().take_ticket();
   return (*counter)++;

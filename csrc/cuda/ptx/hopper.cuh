@@ -152,11 +152,14 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Other multiprocessors that take a later ticket and then observe() see what this thread wrote before
-// publish().
-__device__ __forceinline__ void publish() { __threadfence(); }
-__device__ __forceinline__ void observe() { __threadfence(); }
-__device__ __forceinline__ unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
+// Between barriers of a warpgroup, by one of its threads: whoever takes a later ticket sees, behind its own
+// second barrier, what all threads wrote before the first one. Releases and acquires are cumulative, so no
+// other thread needs a fence.
+__device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // ---- wgmma: a warpgroup multiplies tiles in shared memory
 
