@@ -1,10 +1,10 @@
 """conv3d with scale, bias, residual and activation, and its gradients, as implicit matrix products in Triton.
 
 Importing this module imports Triton and registers `torch.ops.r3d_kernels.triton_conv3d` and its two gradients, which
-torch.compile takes as they are: opaque, and no `torch.library.triton_op`. The configuration is looked up or measured at
-run time, which a traced graph of launches would fix at compile time, and inductor fuses nothing into kernels that are
-not its own. What follows the convolution is in its epilogue already; the ReLU's mask and the factors of the backward
-are torch's own operations, which inductor does fuse.
+torch.compile takes as they are: opaque, and no `torch.library.triton_op` (those of `pool.py` are). The configuration is
+looked up or measured at run time, which a traced graph of launches would fix at compile time, and inductor fuses
+nothing into kernels that are not its own. What follows the convolution is in its epilogue already; the ReLU's mask and
+the factors of the backward are torch's own operations, which inductor does fuse.
 
 Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes implicit matrix products.
 """

@@ -717,14 +717,18 @@ def conv3d_weight_grad(
     T: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
-    ONE_TAP: tl.constexpr,  # a tile's columns are channels of one tap; else (tap, channel) pairs
+    COLUMNS: tl.constexpr,  # of a tile: "tap", channels of one; "row", of taps and their channels; "pairs" of any
+    PITCH: tl.constexpr,  # "row": channels of x, padded
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,  # output pixels of a step
     BN: tl.constexpr,  # columns: channels of x
     BK: tl.constexpr,  # rows: channels of y
 ):
-    """One [BK, BN] tile of dw = dy^T x: a loop over output pixels."""
+    """One [BK, BN] tile of dw = dy^T x: a loop over output pixels.
+
+    Where a pixel lies is divided out before the loop and added up inside.
+    """
     group = tl.program_id(1)
     part = tl.program_id(2)
     tiles_k = tl.cdiv(K, BK)
@@ -732,47 +736,83 @@ def conv3d_weight_grad(
     pid_n = pid // tiles_k
     k = (pid - pid_n * tiles_k) * BK + tl.arange(0, BK)
     k_ok = k < K
-    if ONE_TAP:
+    if COLUMNS == "tap":
         steps_c = tl.cdiv(C, BN)
         tap = pid_n // steps_c
         c = (pid_n - tap * steps_c) * BN + tl.arange(0, BN)
         j_ok = c < C
         j = tap * C + c
+        columns = c
+    elif COLUMNS == "row":
+        i = tl.arange(0, BN)
+        s = i // PITCH
+        tap = pid_n * S
+        j_ok = (i < S * PITCH) & (i - s * PITCH < C)
+        j = (tap + s) * C + (i - s * PITCH)
+        columns = i
     else:
         j = pid_n * BN + tl.arange(0, BN)
         j_ok = j < T * R * S * C
         tap = j // C
-        c = j - tap * C
+        columns = j - tap * C
     td = tap // (R * S) * dd
     rd = tap // S % R * dh
     sd_ = tap % S * dw
     dy_cols = dy_ptr + group * K + k  # [BK]
-    x_cols = x_ptr + group * C + c  # [BN]
+    x_cols = x_ptr + columns  # [BN]
+    if COLUMNS != "row":  # which has one group: its addresses are whole pixels, as far as the compiler knows
+        x_cols += group * C
     begin = part * per_part
     end = tl.minimum(begin + per_part, M)
+    n, od, oh, ow = _pixel(begin + tl.arange(0, BM), OD, OH, OW)
+    # a step on, in pixels of each axis
+    step_n, step_d, step_h, step_w = _pixel(BM, OD, OH, OW)
     acc = tl.zeros((BK, BN), tl.float32)
     for m0 in range(begin, end, BM):
         m = m0 + tl.arange(0, BM)
+        m_ok = m < end
         if WIDE:
             m = m.to(tl.int64)
-        m_ok = m < end
-        n, od, oh, ow = _pixel(m, OD, OH, OW)
-        if ONE_TAP:
-            d = od * sd - pd + td
-            h = oh * sh - ph + rd
-            w = ow * sw - pw + sd_
-            ok = m_ok & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x_rows = (((n * D + d) * H + h) * W + w) * x_pitch
-            x = tl.load(x_cols[None, :] + x_rows[:, None], mask=ok[:, None] & j_ok[None, :], other=0.0)
+            n_ = n.to(tl.int64)
         else:
+            n_ = n
+        if COLUMNS == "pairs":
             d = (od * sd - pd)[:, None] + td[None, :]
             h = (oh * sh - ph)[:, None] + rd[None, :]
             w = (ow * sw - pw)[:, None] + sd_[None, :]
             ok = m_ok[:, None] & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x_offs = (((n[:, None] * D + d) * H + h) * W + w) * x_pitch
+            x_offs = (((n_[:, None] * D + d) * H + h) * W + w) * x_pitch
             x = tl.load(x_cols[None, :] + x_offs, mask=ok & j_ok[None, :], other=0.0)
+        else:
+            d = od * sd - pd + td
+            h = oh * sh - ph + rd
+            ok = m_ok & (d >= 0) & (d < D) & (h >= 0) & (h < H)
+            if COLUMNS == "tap":
+                w = ow * sw - pw + sd_
+                ok = ok & (w >= 0) & (w < W)
+                mask = ok[:, None] & j_ok[None, :]
+            else:
+                w = ow * sw - pw
+                across = w[:, None] + s[None, :]
+                mask = ok[:, None] & (i < S * PITCH)[None, :] & (across >= 0) & (across < W)
+            x_rows = ((n_ * D + d) * H + h) * W + w
+            if COLUMNS == "row":
+                x_rows *= PITCH  # a constant: what is copied at once has to be known
+            else:
+                x_rows *= x_pitch
+            x = tl.load(x_cols[None, :] + x_rows[:, None], mask=mask, other=0.0)
         dy = tl.load(dy_cols[None, :] + (m * y_pitch)[:, None], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        ow += step_w
+        over = (ow >= OW).to(tl.int32)
+        ow -= over * OW
+        oh += step_h + over
+        over = (oh >= OH).to(tl.int32)
+        oh -= over * OH
+        od += step_d + over
+        over = (od >= OD).to(tl.int32)
+        od -= over * OD
+        n += step_n + over
     rows = (group * K + k).to(tl.int64) * (T * R * S * C) + part.to(tl.int64) * part_size
     tl.store(
         dw_ptr + rows[:, None] + j[None, :],

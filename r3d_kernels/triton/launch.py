@@ -164,9 +164,8 @@ class Forward:
                 )
             grid = (triton.cdiv(m, config.bm) * tiles_n,)
             sizes = (m, k, p.k, *geometry)
-            self.meta = dict(
-                meta, **common | {"WIDE": _wide((*p.in_shape, padded))}, BM=config.bm, C=padded, T=t, R=r, S=s
-            )
+            common["WIDE"] = _wide((p.n, p.d, p.h, p.w, padded), p.out_shape)
+            self.meta = dict(meta, **common, BM=config.bm, C=padded, T=t, R=r, S=s)
             kernel = kernels.conv3d_rows
             if padded != c:
                 self.pads = [_Pad(c, padded, pixels) for pixels in (p.n * p.d * p.h * p.w, k * taps)]
@@ -421,28 +420,37 @@ class WeightGrad:
         p, config = problem, config.fitted(problem)
         self.config = config
         c, k = p.c // p.groups, p.k // p.groups
-        one_tap = c >= configs.PACKED_BELOW
         bm, bn, bk = config.bm, config.bn, config.bk
-        taps = math.prod(p.kernel)
+        t, r, s = p.kernel
         m = p.n * math.prod(p.out_size)
         if m >= _INT32 - bm:
             raise ValueError(f"x: expected fewer than 2^31 output pixels for a weight gradient, got {m}")
-        columns = taps * triton.cdiv(c, bn) if one_tap else triton.cdiv(taps * c, bn)
-        tiles = triton.cdiv(k, bk) * columns
+        columns, pitch, self.pad = "tap", p.c, None
+        if config.kernel == "strips":
+            if (why_not := configs.why_no_rows(p)) is not None:
+                raise ValueError(f"config: {config} {why_not}")
+            columns, pitch = "row", configs.padded_channels(c)
+            if bn < s * pitch:
+                raise ValueError(f"config: {config} takes rows of at most {bn} values, got {s * pitch}")
+            if pitch != c:
+                self.pad = _Pad(c, pitch, p.n * p.d * p.h * p.w)
+        elif c < configs.PACKED_BELOW:
+            columns = "pairs"
+        tiles = triton.cdiv(k, bk) * configs.column_tiles(config, p)
         per_part = triton.cdiv(triton.cdiv(max(m, 1), config.split), bm) * bm
         self.parts = max(1, triton.cdiv(m, per_part))
         self.shape = p.weight_shape
         self.size = math.prod(p.weight_shape)
         self.empty = m == 0
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
-        sizes = (m, c, k, p.c, p.k, *geometry, self.size, per_part)
-        t, r, s = p.kernel
+        sizes = (m, c, k, pitch, p.k, *geometry, self.size, per_part)
         meta = {
             "T": t,
             "R": r,
             "S": s,
-            "ONE_TAP": one_tap,
-            "WIDE": _wide(p.in_shape, p.out_shape),
+            "COLUMNS": columns,
+            "PITCH": pitch if columns == "row" else 1,
+            "WIDE": _wide((p.n, p.d, p.h, p.w, pitch), p.out_shape),
             "PRECISION": "ieee" if precision == "half" else precision,
             "BM": bm,
             "BN": bn,
@@ -463,6 +471,8 @@ class WeightGrad:
         if self.empty:
             return dw.zero_()
         with on_device(x):
+            if self.pad is not None:
+                x = self.pad(x)
             if self.parts == 1:
                 self.launch(x, dy, dw)
             else:

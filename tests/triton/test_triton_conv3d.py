@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -169,6 +170,20 @@ def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
             wide = check(p, torch.float32, config)
         conv3d.forward.cache_clear()
         assert torch.equal(narrow, wide)
+
+
+def test_offsets_of_outputs_count_too() -> None:
+    """A stem has few inputs and many outputs."""
+    p = ConvProblem.parse("n700c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu")
+    assert math.prod(p.in_shape) < 2**31 < math.prod(p.out_shape)
+    for config in (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "packed 128x64x32 w8 s2 g8 k1",
+        "tiled 64x64x32 w8 s2 g8 k1",
+    ):
+        assert conv3d.forward(p, Config.parse(config), "half", True, True).meta["WIDE"]
+    for config in ("strips 64x32x64 w4 s3 g8 k1", "pixels 32x64x64 w4 s3 g8 k1"):
+        assert conv3d.weight_grad(p, Config.parse(config), "half").launch.meta["WIDE"]
 
 
 def test_rows_that_are_none() -> None:

@@ -87,6 +87,25 @@ def test_many_parts() -> None:
     assert plan.parts * plan.per_part >= plan.m > (plan.parts - 1) * plan.per_part
 
 
+@pytest.mark.parametrize(
+    ("shape", "least"),
+    [
+        ((8, 64, 16, 56, 56), 890),
+        ((8, 128, 8, 28, 28), 700),
+        ((8, 256, 4, 14, 14), 190),
+        ((8, 512, 2, 7, 7), 40),
+    ],
+)
+def test_a_pass_fills_the_machine(shape: tuple[int, ...], least: int) -> None:
+    """The layers of a network have programs enough for 132 multiprocessors, as far as they have rows."""
+    plan = norm._plan(shape)
+    parts, blocks = plan.sums
+    assert parts * blocks >= least
+    assert blocks * plan.bc >= plan.c
+    assert parts * plan.per_part >= plan.m > (parts - 1) * plan.per_part
+    assert parts <= plan.merging["PARTS"] <= 1024  # which one program adds up
+
+
 def test_same_bits_every_time() -> None:
     tensors = case((2, 20, 5, 16, 16), torch.float32)
     dy = torch.randn_like(tensors[0])
