@@ -27,6 +27,10 @@ IDS = ("fp32", "bf16", "fp16")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 
 
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last_3d)
+
+
 def folded(t: ProblemTensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Batch norm as float32 scale and bias."""
     scale = t.gamma.double() / (t.running_var.double() + t.eps).sqrt()
@@ -38,8 +42,22 @@ def stock(p: ConvProblem, t: ProblemTensors) -> torch.Tensor | None:
     return p.reference(t, None) if t.x.dtype != torch.float32 else None
 
 
-def check(p: ConvProblem, dtype: torch.dtype, config: str | None = None, **data) -> torch.Tensor:
+def to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """float32 to ten bits, to the nearest, ties away from zero: what tensor cores are to multiply."""
+    bits = (t.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(t.isfinite(), bits.view(torch.float32), t)
+
+
+def rounded(t: ProblemTensors) -> ProblemTensors:
+    return dataclasses.replace(t, x=to_tf32(t.x), weight=to_tf32(t.weight))
+
+
+def check(
+    p: ConvProblem, dtype: torch.dtype, config: str | None = None, precision: str | None = None, **data
+) -> torch.Tensor:
     t = p.tensors(dtype, **data)
+    if precision == "tf32":  # numbers that it holds, whose products are exact
+        t = rounded(t)
     scale, bias = folded(t)
     if config is None:
         y = conv3d.conv3d(
@@ -55,7 +73,8 @@ def check(p: ConvProblem, dtype: torch.dtype, config: str | None = None, **data)
             activation=p.activation,
         )
     else:
-        run = conv3d.forward(p, Config.parse(config), configs.precision_of(dtype), True, True)
+        precision = precision or configs.precision_of(dtype)
+        run = conv3d.forward(p, Config.parse(config), precision, True, True)
         y = run(t.x, t.weight, scale, bias, t.residual)
     assert y.shape == p.out_shape
     assert y.dtype == dtype
@@ -140,7 +159,7 @@ def test_every_shipped_tile(precision: str) -> None:
         for config in configs.shipped(precision, name, 90):
             if precision == "ieee" and name == "wide":
                 continue  # the tiles of "narrow", and the most work
-            check(ConvProblem.parse(text), dtype, str(config))
+            check(ConvProblem.parse(text), dtype, str(config), precision)
 
 
 @dtypes
@@ -157,6 +176,59 @@ def test_epilogue_parts(dtype: torch.dtype, scale: bool, bias: bool) -> None:
     if bias:
         want = want + b.double().view(1, -1, 1, 1, 1)
     assert_keeps_promise(y, want)
+
+
+def test_rounding_to_tf32() -> None:
+    one = 2.0**-10  # the last bit of a number from 1 to 2
+    x = torch.tensor(
+        [0.0, -0.0, 1 + one / 2, -1 - one / 2, 1 + 0.49 * one, 1.5 * one, 3.3e38, float("inf"), -float("inf")]
+    )
+    want = torch.tensor([0.0, -0.0, 1 + one, -1 - one, 1.0, 1.5 * one, 3.3e38, float("inf"), -float("inf")])
+    want[6] = to_tf32(x[6:7])[0]
+    # with every bit of the mantissa set, which a carry would turn into a zero
+    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    y = launch._Round(12)(torch.cat([x, nan]).view(12, 1, 1, 1, 1)).view(-1)
+    assert torch.equal(y[:9].view(torch.int32), want.view(torch.int32))
+    assert y[9:].isnan().all()
+    x = torch.randn(1000)
+    y = launch._Round(1000)(x.view(1000, 1, 1, 1, 1)).view(-1)
+    assert torch.equal(y, to_tf32(x))
+    assert ((y - x).abs() <= x.abs() * 2.0**-11).all()
+
+
+@pytest.mark.parametrize("text", [TILES[i] for i in (0, 2, 5, 7, 9)], ids=lambda t: t[1])
+def test_tf32_is_rounded_to(text: tuple[str, str]) -> None:
+    """Tensor cores would drop the bits, which is more than twice as far off, and always towards zero."""
+    p = ConvProblem.parse(text[0])
+    t = p.tensors(torch.float32)
+    scale, bias = folded(t)
+    y = conv3d.forward(p, Config.parse(text[1]), "tf32", True, True)(t.x, t.weight, scale, bias, t.residual)
+    error = (y - p.reference(rounded(t))).norm() / y.norm()
+    assert error < 2e-5  # copies of descriptors round ties to even numbers
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "config"),
+    [
+        ("input", "n1c20d2h4w5k40f3x1x2p1x0x1", "tiled 32x16x16 w4 s2 g2 k2"),
+        ("input", "n1c16d2h5w5k40f3s2p1", "tiled 16x16x16 w4 s2 g2 k1"),
+        ("weight", "n1c20d2h4w5k40f3x1x2p1x0x1", "pixels 16x16x32 w4 s2 g8 k2"),
+        ("weight", "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", "strips 16x16x32 w4 s2 g8 k1"),
+        ("weight", "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", "pixels 16x16x32 w4 s2 g8 k1"),
+    ],
+)
+def test_gradients_round_to_tf32(what: str, text: str, config: str) -> None:
+    p = ConvProblem.parse(text)
+    t = p.tensors(torch.float32)
+    dy = channels_last(torch.randn(p.out_shape))
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    leaves = [to_tf32(v).double().requires_grad_() for v in (t.x, t.weight)]
+    torch.nn.functional.conv3d(*leaves, None, *geometry).backward(to_tf32(dy).double())
+    if what == "input":
+        ours, exact = conv3d.input_grad(p, Config.parse(config), "tf32")(dy, t.weight), leaves[0].grad
+    else:
+        ours, exact = conv3d.weight_grad(p, Config.parse(config), "tf32")(t.x, dy), leaves[1].grad
+    assert (ours - exact).norm() / exact.norm() < 1e-6
 
 
 def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
@@ -406,7 +478,9 @@ def test_weight_gradient_in_parts() -> None:
 
 def check_gradient_tile(what: str, p: ConvProblem, config: Config, precision: str) -> None:
     t = p.tensors(torch.bfloat16 if precision == "half" else torch.float32)
-    dy = torch.randn(p.out_shape).to(t.x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    dy = channels_last(torch.randn(p.out_shape).to(t.x.dtype))
+    if precision == "tf32":
+        t, dy = rounded(t), to_tf32(dy)
     leaves = [t.x.double().requires_grad_(), t.weight.double().requires_grad_()]
     geometry = (p.stride, p.padding, p.dilation, p.groups)
     torch.nn.functional.conv3d(*leaves, None, *geometry).backward(dy.double())
