@@ -129,7 +129,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "training norm, forward", lambda: norm.batch_norm_act(dy, gamma, beta, t.residual)
     statistics = torch.stack([gamma, beta])
     backward = torch.ops.r3d_kernels.triton_batch_norm_act_backward
-    yield "training norm, backward", lambda: backward(dy, dy, dy, statistics, gamma, True, 1e-5)
+    operands = (dy, dy, dy, statistics, gamma, beta)
+    yield "training norm, backward", lambda: backward(*operands, True, True, 1e-5)
 
 
 def main() -> int:

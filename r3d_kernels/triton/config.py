@@ -295,7 +295,7 @@ _WEIGHT_GRAD: dict[tuple[str, bool], tuple[str, ...]] = {
     ),
     ("tf32", True): (
         "strips 32x32x64 w4 s3 g8 k1",
-        "pixels 32x32x64 w4 s3 g8 k1",
+        "pixels 32x32x64 w4 s3 g8 k1 @-99",  # spills on 10.0 with Triton 3.8
         "pixels 16x32x64 w4 s3 g8 k1",
     ),
     ("ieee", False): ("pixels 16x32x32 w4 s2 g8 k1", "pixels 16x32x64 w8 s2 g8 k1"),
