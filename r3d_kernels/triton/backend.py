@@ -101,8 +101,8 @@ class TritonConv3d:
 
             if current_backend() != "triton":
                 return "Triton's interpreter is used only where backend 'triton' is asked for"
-        if p.groups > 65535:
-            return f"has at most 65535 groups, got {p.groups}"
+        if p.groups > configs.MAX_GROUPS:
+            return f"has at most {configs.MAX_GROUPS} groups, got {p.groups}"
         return None
 
     def pack_key(self, request: Request) -> Hashable:

@@ -32,7 +32,10 @@ __all__ = [
 ]
 
 _TEXT = re.compile(r"(tiled|packed|rows|boxes|pixels|strips) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
-MAX_TAPS = 32  # of an axis: the tiled kernel keeps a bit for each
+MAX_TAPS = (
+    31  # of an axis: the tiled kernel keeps a bit for each, and shifts by their number when it is through
+)
+MAX_GROUPS = 65535  # programs along the second axis of a grid
 PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
 
 

@@ -262,7 +262,7 @@ def test_rows_that_are_none() -> None:
     for text, why in {
         "n1c4d2h4w4k16f3p1g2": "groups=1",
         "n1c4d2h4w4k16f3p2l2": "dilation 1 along the width",
-        "n1c4d40h4w4k16f35x1x1": "at most 32 taps",
+        "n1c4d40h4w4k16f35x1x1": "at most 31 taps",
         "n1c8d2h4w9k16f1x1x9p0x0x4": "at most 32 values, got 72",
     }.items():
         with pytest.raises(ValueError, match=why):
@@ -552,6 +552,27 @@ def test_autograd(activation: str | None) -> None:
         assert_keeps_promise(ours.grad, want.grad)
 
 
+def test_under_autocast() -> None:
+    """As torch's conv3d: float32 parameters, a half-precision result, float32 gradients."""
+    p = ConvProblem.parse("n1c6d2h5w4k8f3p1+res")
+    t = p.tensors()
+    leaves = [t.x.requires_grad_(), t.weight.requires_grad_(), t.residual.bfloat16().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv3d.conv3d(leaves[0], leaves[1], residual=leaves[2], padding=1, activation="relu")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(
+        y,
+        conv3d.conv3d(t.x.bfloat16(), t.weight.bfloat16(), residual=leaves[2], padding=1, activation="relu"),
+    )
+    y.sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, torch.float32, torch.bfloat16]
+    with (
+        torch.autocast("cpu", enabled=False),
+        pytest.raises(TypeError, match=r"residual: expected torch\.float32"),
+    ):
+        conv3d.conv3d(leaves[0], leaves[1], residual=leaves[2], padding=1)
+
+
 def test_a_gradient_with_more_taps_than_a_word_has_bits() -> None:
     """torch's own input gradient, behind the same function."""
     x = torch.randn(1, 2, 1, 3, 40, requires_grad=True)
@@ -771,11 +792,19 @@ def test_wrong_input_is_refused_in_the_words_of_the_other_kernels(case: str) -> 
     assert str(ours.value) == str(theirs.value)
 
 
+def test_more_groups_than_a_grid_takes() -> None:
+    x, weight = torch.zeros(1, 65536, 1, 1, 1), torch.zeros(65536, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="groups: expected at most 65535, got 65536"):
+        conv3d.conv3d(x, weight, groups=65536)
+    with pytest.raises(ValueError, match="groups: expected at most 65535, got 65536"):
+        conv3d.conv3d_input_grad(x, weight, x.shape, groups=65536)
+
+
 def test_wrong_gradients() -> None:
     weight, dy = torch.zeros(6, 4, 3, 3, 3), torch.zeros(2, 6, 3, 5, 5)
     with pytest.raises(ValueError, match=r"dy: expected the output's shape \[2, 6, 3, 5, 5\], got"):
         conv3d.conv3d_input_grad(dy[:, :, 1:], weight, (2, 4, 3, 5, 5), padding=1)
     with pytest.raises(TypeError, match=r"dy: expected torch.float16"):
         conv3d.conv3d_weight_grad(torch.zeros(2, 4, 3, 5, 5).half(), dy, weight.shape, padding=1)
-    with pytest.raises(ValueError, match="kernel_size: expected at most 32 taps"):
+    with pytest.raises(ValueError, match="kernel_size: expected at most 31 taps"):
         conv3d.conv3d_input_grad(torch.zeros(1, 6, 1, 1, 8), torch.zeros(6, 4, 1, 1, 33), (1, 4, 1, 1, 40))

@@ -18,6 +18,13 @@ P = ConvProblem.parse("n3c16d2h3w4k16f1x1x3p0x0x1+res+relu")
 SMALL = [Config.parse(f"tiled {m}x16x16 w4 s2 g8 k1") for m in (16, 32, 64)]
 
 
+@pytest.fixture(autouse=True)
+def all_the_time_in_the_world(monkeypatch) -> None:
+    """What is measured must not depend on how busy this machine is."""
+    for task in ("FORWARD", "INPUT_GRAD", "WEIGHT_GRAD"):
+        monkeypatch.setattr(tuner, task, dataclasses.replace(getattr(tuner, task), budget=1e9))
+
+
 def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     t = P.tensors(dtype)
     return t.x, t.weight, torch.rand(P.k) + 0.5, torch.randn(P.k), t.residual
@@ -443,7 +450,7 @@ def test_no_memory_to_measure_is_no_error(what, gradients_as_on_gpu, monkeypatch
 
 
 def test_an_impossible_gradient_is_still_the_callers_error(gradients_as_on_gpu) -> None:
-    with pytest.raises(ValueError, match="kernel_size: expected at most 32 taps"):
+    with pytest.raises(ValueError, match="kernel_size: expected at most 31 taps"):
         conv3d.conv3d_input_grad(torch.zeros(1, 6, 1, 1, 8), torch.zeros(6, 4, 1, 1, 33), (1, 4, 1, 1, 40))
 
 
