@@ -112,8 +112,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         p = ConvProblem.parse(text)
         t = p.tensors(torch.bfloat16)
         run = conv3d.forward(p, Config.parse(config), "half", True, True)
-        operands = (t.x, t.weight, vector(p.k), vector(p.k), t.residual)
-        yield f"{name}: a prepared launch", lambda run=run, operands=operands: run(*operands)
+        operands = (t.x, run.pack(t.weight), vector(p.k), vector(p.k), t.residual)  # as a layer keeps them
+        yield f"{name}: a prepared launch", lambda run=run, operands=operands: run.run(*operands)
     p = ConvProblem.parse(LAYERS["3x3x3"][0])
     t = p.tensors(torch.bfloat16)
     scale, bias = vector(p.k), vector(p.k)

@@ -55,7 +55,7 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
     monkeypatch.setattr(gpu_triton, "CHANNELS", (5,))
     monkeypatch.setattr(gpu_triton, "WINDOWS", gpu_triton.WINDOWS[1:])
     data = gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
-    assert data["cases"] == 3 * (7 + 2 + 2)
+    assert data["cases"] == 3 * (7 + 6 + 2 + 2)
     right = norm._input_gradient
 
     class Wrong:
@@ -70,7 +70,7 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
 
     monkeypatch.setattr(norm, "_input_gradient", Wrong())
     norm._backward_of.cache_clear()
-    with pytest.raises(gpu_report.Failed, match=r"3 of .* cases are wrong, first .*norm's dx"):
+    with pytest.raises(gpu_report.Failed, match=r"6 of .* cases are wrong, first .*norm's dx"):
         gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
     norm._backward_of.cache_clear()
 
