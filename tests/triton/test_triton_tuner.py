@@ -113,6 +113,26 @@ def test_right_results_agree_with_the_reference(dtype: torch.dtype) -> None:
     assert tuner.disagreement(y, expected, precision) is None
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_reference_is_exact_whichever_switch_was_set(precision: str, monkeypatch) -> None:
+    """torch refuses to tell its older switch where the newer ones of convolutions and RNNs differ."""
+    cudnn, seen, real = torch.backends.cudnn, [], torch.nn.functional.conv3d
+
+    def conv3d_(*args, **kwargs):
+        seen.append(config.precision_of(torch.float32))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tuner.F, "conv3d", conv3d_)
+    with cudnn.flags(allow_tf32=True):
+        cudnn.conv.fp32_precision = precision
+        try:
+            assert len(tuner.reference(P, operands())) == len(seen) == 2
+            assert set(seen) == {"ieee"}
+            assert cudnn.conv.fp32_precision == config.precision_of(torch.float32) == precision
+        finally:
+            cudnn.conv.fp32_precision = "tf32"  # as that of RNNs, or the flags could not be put back
+
+
 def test_untuned_calls_take_the_default(monkeypatch) -> None:
     monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured"))
     where = config.machine(torch.device("cpu"))
