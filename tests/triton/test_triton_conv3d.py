@@ -199,6 +199,13 @@ def test_rounding_to_tf32() -> None:
 @pytest.mark.parametrize("text", [TILES[i] for i in (0, 2, 5, 7, 9)], ids=lambda t: t[1])
 def test_tf32_is_rounded_to(text: tuple[str, str]) -> None:
     """Tensor cores would drop the bits, which is more than twice as far off, and always towards zero."""
+    from triton.runtime import interpreter
+
+    known = not launch._ROUNDING_COPIES or hasattr(interpreter, "_round_f32_to_tf32")
+    if text[1].startswith("boxes") and not known:
+        pytest.skip(
+            "the interpreter of Triton 3.7 and 3.8 does not know of copies that round; their drivers do"
+        )
     p = ConvProblem.parse(text[0])
     t = p.tensors(torch.float32)
     scale, bias = folded(t)
