@@ -138,8 +138,8 @@ def _apply(
     offsets, mask = _tile_of(tl.program_id(0) * BM, M, cols, C, BM, WIDE)
     mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
     scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
-    scale, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    scale, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
     # (x - mean) first: x * scale + shift would lose what a large mean cancels
     y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
     if HAS_RES:
