@@ -112,8 +112,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         p = ConvProblem.parse(text)
         t = p.tensors(torch.bfloat16)
         run = conv3d.forward(p, Config.parse(config), "half", True, True)
-        operands = (t.x, t.weight, vector(p.k), vector(p.k), t.residual)
-        yield f"{name}: a prepared launch", lambda run=run, operands=operands: run(*operands)
+        operands = (t.x, run.pack(t.weight), vector(p.k), vector(p.k), t.residual)  # as a layer keeps them
+        yield f"{name}: a prepared launch", lambda run=run, operands=operands: run.run(*operands)
     p = ConvProblem.parse(LAYERS["3x3x3"][0])
     t = p.tensors(torch.bfloat16)
     scale, bias = vector(p.k), vector(p.k)
@@ -129,7 +129,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "training norm, forward", lambda: norm.batch_norm_act(dy, gamma, beta, t.residual)
     statistics = torch.stack([gamma, beta])
     backward = torch.ops.r3d_kernels.triton_batch_norm_act_backward
-    yield "training norm, backward", lambda: backward(dy, dy, dy, statistics, gamma, True, 1e-5)
+    operands = (dy, dy, dy, statistics, gamma, beta)
+    yield "training norm, backward", lambda: backward(*operands, True, True, 1e-5)
 
 
 def main() -> int:

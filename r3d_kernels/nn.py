@@ -133,8 +133,12 @@ def _follow(bn: nn.BatchNorm3d, mean: Tensor, var: Tensor, count: int) -> None:
         if bn.momentum is None:
             factor = 1.0 / float(bn.num_batches_tracked)
     for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
-        if running is not None:
-            running.copy_(running.float() * (1 - factor) + new * factor)
+        if running is None:
+            continue
+        if running.dtype == torch.float32:
+            running.lerp_(new, factor)  # one launch
+        else:
+            running.copy_(running.float().lerp_(new, factor))
 
 
 def _is_fresh(y: Tensor, conv: nn.Module, bn: nn.Module | None, other: Tensor | None = None) -> bool:

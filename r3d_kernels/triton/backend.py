@@ -62,8 +62,22 @@ class _Pack:
 
     def __init__(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         self.weight, self.scale, self.shift = weight, scale, shift
-        # id of a request -> (the request, so that the id stays its own; precision; launch)
-        self.launches: dict[int, tuple[Request, str, Any]] = {}
+        self._packed: dict[Hashable, Tensor] = {}
+        # id of a request -> (the request, so that the id stays its own; precision; launch; the weight as it wants it)
+        self.launches: dict[int, tuple[Request, str, Any, Tensor]] = {}
+
+    def weight_for(self, launch: Any) -> Tensor:
+        """The weight as a launch wants it, made once for all that want the same."""
+        from r3d_kernels.backends import _capturing
+
+        if launch.packing is None:
+            return self.weight
+        weight = self._packed.get(launch.packing)
+        if weight is None:
+            weight = launch.pack(self.weight)
+            if not _capturing(weight.device):  # a graph's is written when the graph is replayed
+                self._packed[launch.packing] = weight
+        return weight
 
 
 class TritonConv3d:
@@ -87,8 +101,8 @@ class TritonConv3d:
 
             if current_backend() != "triton":
                 return "Triton's interpreter is used only where backend 'triton' is asked for"
-        if p.groups > 65535:
-            return f"has at most 65535 groups, got {p.groups}"
+        if p.groups > configs.MAX_GROUPS:
+            return f"has at most {configs.MAX_GROUPS} groups, got {p.groups}"
         return None
 
     def pack_key(self, request: Request) -> Hashable:
@@ -106,13 +120,14 @@ class TritonConv3d:
         precision = configs.precision_of(request.dtype)
         known = pack.launches.get(id(request))
         if known is not None and known[1] == precision:
-            return known[2](x, pack.weight, pack.scale, pack.shift, residual)
+            return known[2].run(x, known[3], pack.scale, pack.shift, residual)
         from r3d_kernels.triton import conv3d
 
         operands = (x, pack.weight, pack.scale, pack.shift, residual)
         try:
             launch, final = conv3d.chosen(request.problem, *operands)
-            y = launch(*operands)
+            weight = pack.weight_for(launch)
+            y = launch.run(x, weight, pack.scale, pack.shift, residual)
         except (RuntimeError, MemoryError):
             raise
         except Exception as e:  # Triton's errors share no base that torch's callers know
@@ -120,5 +135,5 @@ class TritonConv3d:
         if final:
             if len(pack.launches) >= 256:
                 pack.launches.clear()
-            pack.launches[id(request)] = (request, precision, launch)
+            pack.launches[id(request)] = (request, precision, launch, weight)
         return y

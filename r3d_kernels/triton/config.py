@@ -31,8 +31,11 @@ __all__ = [
     "weight_grads",
 ]
 
-_TEXT = re.compile(r"(tiled|packed|rows|boxes|pixels) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
-MAX_TAPS = 32  # of an axis: the tiled kernel keeps a bit for each
+_TEXT = re.compile(r"(tiled|packed|rows|boxes|pixels|strips) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+) k(\d+)")
+MAX_TAPS = (
+    31  # of an axis: the tiled kernel keeps a bit for each, and shifts by their number when it is through
+)
+MAX_GROUPS = 65535  # programs along the second axis of a grid
 PACKED_BELOW = 16  # channels: fewer than a tensor core multiplies at once
 
 
@@ -41,13 +44,14 @@ class Config:
     """How one convolution kernel is compiled and launched; prints as `tiled 128x64x64 w4 s3 g8 k1`.
 
     `kernel` is "tiled", "packed" (taps and channels in one axis), "rows" (a row of taps and its channels in one),
-    "boxes" (tensor descriptors), or for weight gradients "pixels": their sum runs over output pixels.
+    "boxes" (tensor descriptors), or for weight gradients, whose sum runs over output pixels, "pixels" or "strips" (the
+    columns of a tile are a row of taps).
     """
 
     kernel: str
-    bm: int  # output pixels of a tile; "pixels": of a step of the sum
-    bn: int  # output channels of a tile; "pixels": columns, channels of x
-    bk: int  # channels of a step of the sum; "pixels": rows, channels of y
+    bm: int  # output pixels of a tile; weight gradients: of a step of the sum
+    bn: int  # output channels of a tile; weight gradients: columns, channels of x
+    bk: int  # channels of a step of the sum; weight gradients: rows, channels of y
     warps: int
     stages: int  # of the software pipeline
     group: int = 8  # rows of tiles that share their operands in L2
@@ -65,10 +69,15 @@ class Config:
             raise ValueError(f"config: expected a text like 'tiled 128x64x64 w4 s3 g8 k1', got {text!r}")
         return cls(match[1], *map(int, match.groups()[1:]))
 
+    @property
+    def over_pixels(self) -> bool:
+        """Whether it is a weight gradient's."""
+        return self.kernel in ("pixels", "strips")
+
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that the pipeline needs."""
         summed, rows, columns = (
-            (self.bm, self.bk, self.bn) if self.kernel == "pixels" else (self.bk, self.bm, self.bn)
+            (self.bm, self.bk, self.bn) if self.over_pixels else (self.bk, self.bm, self.bn)
         )
         return self.stages * (rows + columns) * summed * itemsize
 
@@ -77,10 +86,10 @@ class Config:
         c, k = problem.c // problem.groups, problem.k // problem.groups
         if self.kernel == "packed" or (self.kernel == "pixels" and c < PACKED_BELOW):
             c *= math.prod(problem.kernel)
-        if self.kernel == "rows":
+        if self.kernel in ("rows", "strips"):
             c = padded_channels(c) * problem.kernel[2]
         c, k = _power_of_two(c), _power_of_two(k)
-        columns, rows = (c, k) if self.kernel == "pixels" else (k, c)
+        columns, rows = (c, k) if self.over_pixels else (k, c)
         return dataclasses.replace(self, bn=min(self.bn, columns), bk=min(self.bk, rows))
 
 
@@ -189,25 +198,25 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "packed 64x64x32 w4 s2 g8 k1",
     ),
     ("half", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 128x64x32 w8 s2 g8 k1"),
-    # What spills on 10.0 with Triton 3.7 or 3.8 is not tried there: 128x128 here, eight warps in ieee below.
+    # What spills on 10.0 with Triton 3.7 or 3.8 is not tried there: 128x128 and boxes here, eight warps in ieee below.
     ("tf32", "wide"): (
         "tiled 128x128x32 w8 s3 g8 k1 @-99",
         "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x128x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
-        "boxes 128x128x32 w8 s3 g8 k1 @90-",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-99",
     ),
     ("tf32", "narrow"): (
         "tiled 128x64x32 w4 s3 g8 k1",
         "tiled 64x64x32 w4 s4 g8 k1",
-        "boxes 128x64x32 w4 s4 g8 k1 @90-",
+        "boxes 128x64x32 w4 s4 g8 k1 @90-99",
     ),
     ("tf32", "pointwise"): (
         "tiled 128x128x32 w8 s3 g8 k1 @-99",
         "tiled 128x128x32 w8 s3 g8 k1 @120-",
         "tiled 64x128x32 w4 s3 g8 k1",
-        "boxes 128x128x32 w8 s3 g8 k1 @90-",
+        "boxes 128x128x32 w8 s3 g8 k1 @90-99",
     ),
     ("tf32", "late"): (
         "tiled 64x64x32 w4 s4 g8 k1",
@@ -259,7 +268,12 @@ _INPUT_GRAD: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 64x64x32 w4 s4 g8 k1",
     ),
     ("tf32", "narrow"): ("tiled 128x64x32 w4 s3 g8 k1", "tiled 64x64x32 w4 s4 g8 k1 @-99"),  # spills on 10.0
-    ("tf32", "late"): ("tiled 64x64x32 w4 s4 g8 k1", "tiled 32x64x32 w4 s4 g8 k1"),
+    ("tf32", "late"): (
+        "tiled 64x64x32 w4 s4 g8 k1 @-99",
+        "tiled 64x64x32 w8 s4 g8 k1 @100-119",  # four warps spill
+        "tiled 64x64x32 w4 s4 g8 k1 @120-",
+        "tiled 32x64x32 w4 s4 g8 k1",
+    ),
     ("tf32", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 64x64x16 w4 s2 g8 k1"),
     # with four warps it spills on 10.0
     ("ieee", "wide"): ("tiled 64x64x16 w8 s3 g8 k1", "tiled 64x64x16 w4 s3 g8 k1 @-99"),
@@ -271,23 +285,33 @@ _INPUT_GRAD: dict[tuple[str, str], tuple[str, ...]] = {
 # Weight gradients: (precision, few channels of x).
 _WEIGHT_GRAD: dict[tuple[str, bool], tuple[str, ...]] = {
     ("half", False): (
-        "pixels 64x64x64 w4 s3 g8 k1",
         "pixels 64x128x128 w8 s3 g8 k1",
-        "pixels 64x128x64 w4 s3 g8 k1",
+        "pixels 64x64x64 w4 s3 g8 k1",
+        "pixels 64x128x256 w8 s3 g8 k1 @90-",
         "pixels 32x64x128 w4 s4 g8 k1",
     ),
     ("half", True): (
+        "strips 64x32x64 w4 s3 g8 k1",
+        "strips 32x32x64 w4 s4 g8 k1",
         "pixels 32x64x64 w4 s3 g8 k1",  # 64 pixels spill with Triton 3.6
         "pixels 32x32x64 w4 s3 g8 k1",
     ),
     ("tf32", False): (
+        "pixels 32x128x128 w8 s3 g8 k1 @90-",
         "pixels 32x64x64 w4 s3 g8 k1",
-        "pixels 32x128x64 w8 s3 g8 k1",
         "pixels 32x32x64 w4 s4 g8 k1",
     ),
-    ("tf32", True): ("pixels 32x32x64 w4 s3 g8 k1", "pixels 16x32x64 w4 s3 g8 k1"),
+    ("tf32", True): (
+        "strips 32x32x64 w4 s3 g8 k1",
+        "pixels 32x32x64 w4 s3 g8 k1 @-99",  # spills on 10.0 with Triton 3.8
+        "pixels 16x32x64 w4 s3 g8 k1",
+    ),
     ("ieee", False): ("pixels 16x32x32 w4 s2 g8 k1", "pixels 16x32x64 w8 s2 g8 k1"),
-    ("ieee", True): ("pixels 16x32x32 w4 s2 g8 k1", "pixels 16x16x32 w4 s2 g8 k1"),
+    ("ieee", True): (
+        "strips 16x32x32 w4 s2 g8 k1",
+        "pixels 16x32x32 w4 s2 g8 k1",
+        "pixels 16x16x32 w4 s2 g8 k1",
+    ),
 }
 
 
@@ -348,6 +372,8 @@ def why_no_boxes(problem: ConvProblem, dtype: torch.dtype) -> str | None:
         return "has groups=1 only"
     if problem.c * dtype.itemsize % 16:
         return "needs pixels of a multiple of 16 bytes"
+    if max(flat(problem).in_shape) >= 2**31 - 512:  # a tile may reach a little beyond
+        return "needs coordinates of 32 bits"
     return None
 
 
@@ -438,8 +464,7 @@ def input_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where:
     Its sum is split as a layer's is, but for strides: their gradients lie apart, and are a launch for each remainder.
     """
     p, found = problem, []
-    pixels = -(-p.n * p.d * p.h * p.w // math.prod(p.stride))  # of one launch
-    taps = math.prod(p.kernel)
+    pixels, taps = p.n * p.d * p.h * p.w, math.prod(p.kernel)
     for config in shipped_input_grads(precision, input_grad_class(p), where.arch):
         config = config.fitted(dataclasses.replace(p, c=p.k, k=p.c))
         config = _within(config, dtype.itemsize, where)
@@ -456,15 +481,16 @@ def input_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where:
 def weight_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where: Machine) -> list[Config]:
     """What a weight gradient tries, the default first: each tile with the parts that fill the machine twice."""
     p, found = problem, []
-    pixels, taps = p.n * math.prod(p.out_size), math.prod(p.kernel)
-    c, k = p.c // p.groups, p.k // p.groups
-    few = c < PACKED_BELOW
-    for config in shipped_weight_grads(precision, few, where.arch):
+    pixels = p.n * math.prod(p.out_size)
+    for config in shipped_weight_grads(precision, p.c // p.groups < PACKED_BELOW, where.arch):
         config = _within(config.fitted(p), dtype.itemsize, where)
         if config.shared(dtype.itemsize) > where.shared:
             continue
-        columns = -(-taps * c // config.bn) if few else taps * -(-c // config.bn)
-        tiles = -(-k // config.bk) * columns * p.groups
+        if config.kernel == "strips" and (
+            why_no_rows(p) is not None or padded_channels(p.c) * p.kernel[2] > config.bn
+        ):
+            continue
+        tiles = -(-(p.k // p.groups) // config.bk) * column_tiles(config, p) * p.groups
         # At most 64 parts, and 8 steps a part: fewer would be all filling and draining.
         most = max(1, min(64, pixels // (8 * config.bm)))
         parts = min(most, max(1, 2 * where.multiprocessors // tiles))
@@ -472,3 +498,11 @@ def weight_grads(problem: ConvProblem, dtype: torch.dtype, precision: str, where
         if len(found) == 1:
             found.append(dataclasses.replace(config, split=min(most, 2 * parts)))
     return list(dict.fromkeys(found))
+
+
+def column_tiles(config: Config, problem: ConvProblem) -> int:
+    """Tiles side by side that a weight gradient has for all taps and channels of x."""
+    c, taps = problem.c // problem.groups, math.prod(problem.kernel)
+    if config.kernel == "strips":
+        return taps // problem.kernel[2]
+    return -(-taps * c // config.bn) if c < PACKED_BELOW else taps * -(-c // config.bn)

@@ -1,10 +1,10 @@
 """conv3d with scale, bias, residual and activation, and its gradients, as implicit matrix products in Triton.
 
 Importing this module imports Triton and registers `torch.ops.r3d_kernels.triton_conv3d` and its two gradients, which
-torch.compile takes as they are: opaque, and no `torch.library.triton_op`. The configuration is looked up or measured at
-run time, which a traced graph of launches would fix at compile time, and inductor fuses nothing into kernels that are
-not its own. What follows the convolution is in its epilogue already; the ReLU's mask and the factors of the backward
-are torch's own operations, which inductor does fuse.
+torch.compile takes as they are: opaque, and no `torch.library.triton_op` (those of `pool.py` are). The configuration is
+looked up or measured at run time, which a traced graph of launches would fix at compile time, and inductor fuses
+nothing into kernels that are not its own. What follows the convolution is in its epilogue already; the ReLU's mask and
+the factors of the backward are torch's own operations, which inductor does fuse.
 
 Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes implicit matrix products.
 """
@@ -31,6 +31,8 @@ __all__ = ["conv3d", "conv3d_input_grad", "conv3d_weight_grad"]
 logger = logging.getLogger("r3d_kernels")
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
+
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 def _triples(stride: object, padding: object, dilation: object) -> tuple[tuple[int, int, int], ...]:
@@ -63,8 +65,9 @@ def conv3d(
         activation: "relu" or None.
 
     Returns:
-        [N, K, D', H', W'] of x's dtype, channels_last_3d. Sums are float32. float32 products are TF32 where torch's
-        switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`), else exact.
+        [N, K, D', H', W'] of x's dtype, or of autocast's, to which x, weight and residual are cast as for torch's
+        conv3d; channels_last_3d. Sums are float32. float32 products are TF32, to which both factors are rounded, where
+        torch's switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`), else exact.
 
     Raises:
         TypeError: for a wrong type or a mix of dtypes.
@@ -76,6 +79,12 @@ def conv3d(
         raise ValueError("scale: expected a tensor that needs no gradient, got one that requires it")
     act = _check.activation(activation)
     geometry = _triples(stride, padding, dilation)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, residual = (
+            t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST else t
+            for t in (x, weight, residual)
+        )
     return torch.ops.r3d_kernels.triton_conv3d(x, weight, scale, bias, residual, *geometry, groups, act)
 
 
@@ -124,6 +133,8 @@ def _problem(
     residual: bool,
     activation: str,
 ) -> ConvProblem:
+    if groups > configs.MAX_GROUPS:
+        raise ValueError(f"groups: expected at most {configs.MAX_GROUPS}, got {groups}")
     return ConvProblem(
         *x,
         k=weight[0],
@@ -308,7 +319,7 @@ def conv3d_input_grad(
 
     Args:
         dy: [N, K, D', H', W'], float32, bfloat16 or float16, on a GPU.
-        weight: [K, C/groups, T, R, S], dtype of dy; at most 32 taps an axis.
+        weight: [K, C/groups, T, R, S], dtype of dy; at most 31 taps an axis.
         input_size: (N, C, D, H, W).
         stride, padding, dilation, groups: of the convolution.
 

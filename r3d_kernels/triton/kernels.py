@@ -2,7 +2,8 @@
 
 All tensors are channels-last in memory: x [N, D, H, W, C], y [N, D', H', W', K], weights [K, T, R, S, C / groups]. A
 convolution is the product of A [output pixels, taps x channels], gathered from x, with B [taps x channels, output
-channels]. Sums are float32. Nothing is added atomically: the same call gives the same bits.
+channels]. Sums are float32. Nothing is added atomically: the same call gives the same bits. Where float32 is multiplied
+as TF32, activations are rounded to it here, and weights before (`round_to_tf32`): they are the same for every tile.
 
 The input gradient is the same kernel: for each remainder of the stride it is a convolution of dy with every stride-th
 tap, of stride 1, whose paddings and dilations may be negative and whose outputs lie stride apart (`conv3d.py`).
@@ -21,6 +22,7 @@ __all__ = [
     "conv3d_weight_grad",
     "pad_channels",
     "reduce_parts",
+    "round_to_tf32",
     "sum_parts",
 ]
 
@@ -51,6 +53,19 @@ def _pixel(m, OD, OH, OW):
     n = plane // OD
     od = plane - n * OD
     return n, od, oh, ow
+
+
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """What tensor cores are to multiply: float32 to the nearest TF32, ties away from zero, where they multiply TF32.
+
+    Left to themselves they drop the last 13 bits, which is twice the error, and all of it towards zero.
+    """
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, nearest, x)  # infinities and NaN stay what they are
+    return x
 
 
 @triton.jit
@@ -300,7 +315,7 @@ def conv3d_tiled(
             c_ok = c < C - c0
             a = tl.load(a_ptrs + x_off, mask=ok[:, None] & c_ok[None, :], other=0.0)
             b = tl.load(b_ptrs + w_off, mask=c_ok[:, None] & k_ok[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(_rounded(a, PRECISION), b, acc, input_precision=PRECISION)
         c0 += BK
         wrap = (c0 >= C).to(tl.int32)
         c0 = c0 * (1 - wrap)
@@ -420,7 +435,7 @@ def conv3d_packed(
             pixels = pixels.to(tl.int64)
         a = tl.load(a_ptrs + (pixels * x_pitch + (j - tap * C)[None, :]), mask=ok, other=0.0)
         b = tl.load(b_ptrs + j[:, None], mask=j_ok[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(_rounded(a, PRECISION), b, acc, input_precision=PRECISION)
     _finish(
         acc,
         m * y_pitch,
@@ -515,7 +530,7 @@ def conv3d_rows(
             pixels = pixels.to(tl.int64)
         a = tl.load(a_ptrs + pixels * C, mask=ok[:, None] & in_w, other=0.0)
         b = tl.load(b_ptrs + i * (S * C), mask=j_ok[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(_rounded(a, PRECISION), b, acc, input_precision=PRECISION)
     _finish(
         acc,
         m * y_pitch,
@@ -564,6 +579,7 @@ def conv3d_boxes(
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,  # the copies round float32 to TF32
     BD: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -596,6 +612,8 @@ def conv3d_boxes(
         b = w_desc.load([k0, (t * R + r) * S + s, c0])
         a = tl.reshape(a, (BM, BK))
         b = tl.reshape(b, (BN, BK))
+        if not ROUNDED:
+            a = _rounded(a, PRECISION)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         c0 += BK
         wrap = (c0 >= C).to(tl.int32)
@@ -634,12 +652,21 @@ def conv3d_boxes(
 
 
 @triton.jit(do_not_specialize=["size"])
-def pad_channels(x_ptr, y_ptr, size, C: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def pad_channels(
+    x_ptr, y_ptr, size, C: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+):
     """[pixels, C] to [pixels, PADDED], with zeros; `size` is that of the result."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = i % PADDED
     x = tl.load(x_ptr + i // PADDED * C + c, mask=(i < size) & (c < C), other=0.0)
-    tl.store(y_ptr + i, x, mask=i < size)
+    tl.store(y_ptr + i, _rounded(x, PRECISION), mask=i < size)
+
+
+@triton.jit
+def round_to_tf32(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(y_ptr + i, _rounded(x, "tf32"), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -717,14 +744,18 @@ def conv3d_weight_grad(
     T: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
-    ONE_TAP: tl.constexpr,  # a tile's columns are channels of one tap; else (tap, channel) pairs
+    COLUMNS: tl.constexpr,  # of a tile: "tap", channels of one; "row", of taps and their channels; "pairs" of any
+    PITCH: tl.constexpr,  # "row": channels of x, padded
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,  # output pixels of a step
     BN: tl.constexpr,  # columns: channels of x
     BK: tl.constexpr,  # rows: channels of y
 ):
-    """One [BK, BN] tile of dw = dy^T x: a loop over output pixels."""
+    """One [BK, BN] tile of dw = dy^T x: a loop over output pixels.
+
+    Where a pixel lies is divided out before the loop and added up inside.
+    """
     group = tl.program_id(1)
     part = tl.program_id(2)
     tiles_k = tl.cdiv(K, BK)
@@ -732,47 +763,85 @@ def conv3d_weight_grad(
     pid_n = pid // tiles_k
     k = (pid - pid_n * tiles_k) * BK + tl.arange(0, BK)
     k_ok = k < K
-    if ONE_TAP:
+    if COLUMNS == "tap":
         steps_c = tl.cdiv(C, BN)
         tap = pid_n // steps_c
         c = (pid_n - tap * steps_c) * BN + tl.arange(0, BN)
         j_ok = c < C
         j = tap * C + c
+        columns = c
+    elif COLUMNS == "row":
+        i = tl.arange(0, BN)
+        s = i // PITCH
+        tap = pid_n * S
+        j_ok = (i < S * PITCH) & (i - s * PITCH < C)
+        j = (tap + s) * C + (i - s * PITCH)
+        columns = i
     else:
         j = pid_n * BN + tl.arange(0, BN)
         j_ok = j < T * R * S * C
         tap = j // C
-        c = j - tap * C
+        columns = j - tap * C
     td = tap // (R * S) * dd
     rd = tap // S % R * dh
     sd_ = tap % S * dw
     dy_cols = dy_ptr + group * K + k  # [BK]
-    x_cols = x_ptr + group * C + c  # [BN]
+    x_cols = x_ptr + columns  # [BN]
+    if COLUMNS != "row":  # which has one group: its addresses are whole pixels, as far as the compiler knows
+        x_cols += group * C
     begin = part * per_part
     end = tl.minimum(begin + per_part, M)
+    n, od, oh, ow = _pixel(begin + tl.arange(0, BM), OD, OH, OW)
+    # a step on, in pixels of each axis
+    step_n, step_d, step_h, step_w = _pixel(BM, OD, OH, OW)
     acc = tl.zeros((BK, BN), tl.float32)
     for m0 in range(begin, end, BM):
         m = m0 + tl.arange(0, BM)
+        m_ok = m < end
         if WIDE:
             m = m.to(tl.int64)
-        m_ok = m < end
-        n, od, oh, ow = _pixel(m, OD, OH, OW)
-        if ONE_TAP:
-            d = od * sd - pd + td
-            h = oh * sh - ph + rd
-            w = ow * sw - pw + sd_
-            ok = m_ok & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x_rows = (((n * D + d) * H + h) * W + w) * x_pitch
-            x = tl.load(x_cols[None, :] + x_rows[:, None], mask=ok[:, None] & j_ok[None, :], other=0.0)
+            n_ = n.to(tl.int64)
         else:
+            n_ = n
+        if COLUMNS == "pairs":
             d = (od * sd - pd)[:, None] + td[None, :]
             h = (oh * sh - ph)[:, None] + rd[None, :]
             w = (ow * sw - pw)[:, None] + sd_[None, :]
             ok = m_ok[:, None] & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x_offs = (((n[:, None] * D + d) * H + h) * W + w) * x_pitch
+            x_offs = (((n_[:, None] * D + d) * H + h) * W + w) * x_pitch
             x = tl.load(x_cols[None, :] + x_offs, mask=ok & j_ok[None, :], other=0.0)
+        else:
+            d = od * sd - pd + td
+            h = oh * sh - ph + rd
+            ok = m_ok & (d >= 0) & (d < D) & (h >= 0) & (h < H)
+            if COLUMNS == "tap":
+                w = ow * sw - pw + sd_
+                ok = ok & (w >= 0) & (w < W)
+                mask = ok[:, None] & j_ok[None, :]
+            else:
+                w = ow * sw - pw
+                across = w[:, None] + s[None, :]
+                mask = ok[:, None] & (i < S * PITCH)[None, :] & (across >= 0) & (across < W)
+            x_rows = ((n_ * D + d) * H + h) * W + w
+            if COLUMNS == "row":
+                x_rows *= PITCH  # a constant: what is copied at once has to be known
+            else:
+                x_rows *= x_pitch
+            x = tl.load(x_cols[None, :] + x_rows[:, None], mask=mask, other=0.0)
         dy = tl.load(dy_cols[None, :] + (m * y_pitch)[:, None], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            tl.trans(_rounded(dy, PRECISION)), _rounded(x, PRECISION), acc, input_precision=PRECISION
+        )
+        ow += step_w
+        over = (ow >= OW).to(tl.int32)
+        ow -= over * OW
+        oh += step_h + over
+        over = (oh >= OH).to(tl.int32)
+        oh -= over * OH
+        od += step_d + over
+        over = (od >= OD).to(tl.int32)
+        od -= over * OD
+        n += step_n + over
     rows = (group * K + k).to(tl.int64) * (T * R * S * C) + part.to(tl.int64) * part_size
     tl.store(
         dw_ptr + rows[:, None] + j[None, :],

@@ -96,11 +96,11 @@ def _wide(*shapes: tuple[int, ...]) -> bool:
 
 
 class _Pad:
-    """Pixels of a few channels with zeros behind each."""
+    """Pixels of a few channels with zeros behind each, rounded if they are to be multiplied as TF32."""
 
-    def __init__(self, c: int, padded: int, pixels: int) -> None:
+    def __init__(self, c: int, padded: int, pixels: int, precision: str) -> None:
         self.size = pixels * padded
-        meta = {"C": c, "PADDED": padded, "BLOCK": 1024, "num_warps": 4}
+        meta = {"C": c, "PADDED": padded, "PRECISION": precision, "BLOCK": 1024, "num_warps": 4}
         self.launch = Launch(
             kernels.pad_channels, (triton.cdiv(max(self.size, 1), 1024),), (self.size,), meta
         )
@@ -111,11 +111,29 @@ class _Pad:
         return y
 
 
+class _Round:
+    """A float32 weight rounded to TF32, once: left to themselves, tensor cores drop what does not fit."""
+
+    def __init__(self, size: int) -> None:
+        grid = (triton.cdiv(max(size, 1), 1024),)
+        self.launch = Launch(kernels.round_to_tf32, grid, (size,), {"BLOCK": 1024, "num_warps": 4})
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        y = torch.empty_like(weight, memory_format=torch.channels_last_3d)
+        self.launch(weight, y)
+        return y
+
+
+# Since Triton 3.7 the copies of a tensor descriptor can round to TF32.
+_ROUNDING_COPIES = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+
+
 class Forward:
     """y = act(conv(x, weight) * scale + bias + residual) for one geometry, dtype and configuration.
 
     Called with x, weight, scale, bias and residual (None where the constructor was told so). [N, C, D, H, W] and
-    [K, C / groups, T, R, S], both channels-last in memory; scale and bias float32 [K].
+    [K, C / groups, T, R, S], both channels-last in memory; scale and bias float32 [K]. `run` takes the weight as `pack`
+    returned it, which may be kept for as long as the weight stays what it is.
     """
 
     def __init__(
@@ -145,8 +163,12 @@ class Forward:
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
         tiles_n = triton.cdiv(k, config.bn)
         self.parts = 1
-        self.pads: list[_Pad] = []  # of x and the weight
+        self.pad: _Pad | None = None  # of x
+        self.packing: tuple[object, ...] | None = (
+            None  # what tells one form of the weight from another; None: as it is
+        )
         self.box: tuple[int, int, int] | None = None
+        self._rounds = False  # the copies of its descriptors round to TF32
         self._checked: tuple[dict[str, Any], ...] | None = None  # descriptors, less their tensors
         t, r, s = p.kernel
         if config.kernel == "packed":
@@ -164,12 +186,13 @@ class Forward:
                 )
             grid = (triton.cdiv(m, config.bm) * tiles_n,)
             sizes = (m, k, p.k, *geometry)
-            self.meta = dict(
-                meta, **common | {"WIDE": _wide((*p.in_shape, padded))}, BM=config.bm, C=padded, T=t, R=r, S=s
-            )
+            common["WIDE"] = _wide((p.n, p.d, p.h, p.w, padded), p.out_shape)
+            self.meta = dict(meta, **common, BM=config.bm, C=padded, T=t, R=r, S=s)
             kernel = kernels.conv3d_rows
             if padded != c:
-                self.pads = [_Pad(c, padded, pixels) for pixels in (p.n * p.d * p.h * p.w, k * taps)]
+                self.pad = _Pad(c, padded, p.n * p.d * p.h * p.w, "ieee")  # rounded like any other x
+                self.packing = ("padded", padded, precision)
+                self._pack = _Pad(c, padded, k * taps, precision)
         elif config.kernel == "tiled":
             if max(p.kernel) > configs.MAX_TAPS:
                 raise ValueError(
@@ -210,9 +233,13 @@ class Forward:
             boxes = [triton.cdiv(o, b) for o, b in zip(f.out_size, self.box, strict=True)]
             grid = (f.n * math.prod(boxes) * tiles_n,)
             sizes = (f.n, c, k, p.k, *f.out_size, *p.padding, *p.dilation)
-            self.meta = dict(meta, **common, T=t, R=r, S=s, BD=bd, BH=bh, BW=bw)
+            self._rounds = precision == "tf32" and _ROUNDING_COPIES
+            self.meta = dict(meta, **common, T=t, R=r, S=s, BD=bd, BH=bh, BW=bw, ROUNDED=self._rounds)
             kernel = kernels.conv3d_boxes
         self.launch = Launch(kernel, grid, sizes, self.meta)
+        if precision == "tf32" and self.packing is None and not self._rounds:
+            self.packing = ("rounded",)
+            self._pack = _Round(math.prod(p.weight_shape))
         if self.parts > 1:
             grid = (triton.cdiv(m, 32), triton.cdiv(p.k, 64))
             reduction = dict(meta, BM=32, BN=64, num_warps=4)
@@ -222,6 +249,19 @@ class Forward:
     def __call__(
         self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
+        return self.run(x, self.pack(weight), scale, bias, residual)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """The weight as the kernel wants it; itself where it is so already."""
+        if self.packing is None:
+            return weight
+        with on_device(weight):
+            return self._pack(weight)
+
+    def run(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """As a call, with a packed weight."""
         y = empty(self.out_shape, x)
         if self.out_shape[0] == 0:
             return y
@@ -236,10 +276,8 @@ class Forward:
             if self.box is not None:
                 self.launch(*tail, descriptors=self._descriptors(x, weight))
             elif self.config.kernel in ("packed", "rows"):
-                for pad in self.pads[:1]:
-                    x = pad(x)
-                for pad in self.pads[1:]:
-                    weight = pad(weight)
+                if self.pad is not None:
+                    x = self.pad(x)
                 self.launch(x, weight, *tail)
             elif self.parts == 1:
                 self.launch(x, weight, *tail, y)
@@ -269,14 +307,16 @@ class Forward:
         assert self.box is not None
         taps = math.prod(p.kernel)
         rows, planes = p.w * p.c, p.h * p.w * p.c
+        how = {"round_f32_to_tf32": True} if self._rounds else {}
         return (
             TensorDescriptor(
                 x,
                 [p.n, p.d, p.h, p.w, p.c],
                 [p.d * planes, planes, rows, p.c, 1],
                 [1, *self.box, bk],
+                **how,
             ),
-            TensorDescriptor(weight, [p.k, taps, p.c], [taps * p.c, p.c, 1], [c.bn, 1, bk]),
+            TensorDescriptor(weight, [p.k, taps, p.c], [taps * p.c, p.c, 1], [c.bn, 1, bk], **how),
         )
 
 
@@ -334,6 +374,7 @@ class InputGrad:
         if config.split > 1 and not dense:
             raise ValueError(f"config: the sum of {config} is split, which stride {p.stride} does not allow")
         self.parts = 1
+        self._round = _Round(math.prod(p.weight_shape)) if precision == "tf32" else None
         parts = itertools.product(
             *(
                 _axes(*axis)
@@ -401,6 +442,8 @@ class InputGrad:
             dx.zero_()
         if self.shape[0]:
             with on_device(dy):
+                if self._round is not None:
+                    weight = self._round(weight)
                 if self.parts > 1:
                     part = torch.empty(self.part_shape, dtype=torch.float32, device=dy.device)
                     self.launches[0](dy, weight, dx, dx, dx, dx, part)
@@ -421,28 +464,37 @@ class WeightGrad:
         p, config = problem, config.fitted(problem)
         self.config = config
         c, k = p.c // p.groups, p.k // p.groups
-        one_tap = c >= configs.PACKED_BELOW
         bm, bn, bk = config.bm, config.bn, config.bk
-        taps = math.prod(p.kernel)
+        t, r, s = p.kernel
         m = p.n * math.prod(p.out_size)
-        if m >= _INT32 - bm:
+        if m >= _INT32 - bm * config.split:  # the last part may end as far beyond
             raise ValueError(f"x: expected fewer than 2^31 output pixels for a weight gradient, got {m}")
-        columns = taps * triton.cdiv(c, bn) if one_tap else triton.cdiv(taps * c, bn)
-        tiles = triton.cdiv(k, bk) * columns
+        columns, pitch, self.pad = "tap", p.c, None
+        if config.kernel == "strips":
+            if (why_not := configs.why_no_rows(p)) is not None:
+                raise ValueError(f"config: {config} {why_not}")
+            columns, pitch = "row", configs.padded_channels(c)
+            if bn < s * pitch:
+                raise ValueError(f"config: {config} takes rows of at most {bn} values, got {s * pitch}")
+            if pitch != c:
+                self.pad = _Pad(c, pitch, p.n * p.d * p.h * p.w, "ieee")
+        elif c < configs.PACKED_BELOW:
+            columns = "pairs"
+        tiles = triton.cdiv(k, bk) * configs.column_tiles(config, p)
         per_part = triton.cdiv(triton.cdiv(max(m, 1), config.split), bm) * bm
         self.parts = max(1, triton.cdiv(m, per_part))
         self.shape = p.weight_shape
         self.size = math.prod(p.weight_shape)
         self.empty = m == 0
         geometry = (p.d, p.h, p.w, *p.out_size, *p.stride, *p.padding, *p.dilation)
-        sizes = (m, c, k, p.c, p.k, *geometry, self.size, per_part)
-        t, r, s = p.kernel
+        sizes = (m, c, k, pitch, p.k, *geometry, self.size, per_part)
         meta = {
             "T": t,
             "R": r,
             "S": s,
-            "ONE_TAP": one_tap,
-            "WIDE": _wide(p.in_shape, p.out_shape),
+            "COLUMNS": columns,
+            "PITCH": pitch if columns == "row" else 1,
+            "WIDE": _wide((p.n, p.d, p.h, p.w, pitch), p.out_shape),
             "PRECISION": "ieee" if precision == "half" else precision,
             "BM": bm,
             "BN": bn,
@@ -463,6 +515,8 @@ class WeightGrad:
         if self.empty:
             return dw.zero_()
         with on_device(x):
+            if self.pad is not None:
+                x = self.pad(x)
             if self.parts == 1:
                 self.launch(x, dy, dw)
             else:

@@ -1,7 +1,8 @@
 """Batch norm with the statistics of the batch, residual and ReLU, forward and backward, over channels-last tensors.
 
 Two passes each way: one over x for the statistics and one that writes y; one over x, y and dy for the sums and one
-that writes dx and dresidual. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
+that writes dx and dresidual. y tells where the ReLU let something through; without a residual it follows from x, and is
+not read. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
 for computing the sample variance", 1983), so that a mean far above the standard deviation costs no digits. Sums are
 float32 in a fixed order: the same call gives the same bits.
 
@@ -138,17 +139,37 @@ def _apply(
     mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
     scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if AFFINE:
-        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
-        # (x - mean) first: x * scale + shift would lose what a large mean cancels
-        y = (x - mean[None, :]) * scale[None, :] + tl.load(beta_ptr + cols, mask=c_ok, other=0.0)[None, :]
-    else:
-        y = (x - mean[None, :]) * scale[None, :]
+    scale, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
+    # (x - mean) first: x * scale + shift would lose what a large mean cancels
+    y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
     if HAS_RES:
         y += tl.load(res_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE: tl.constexpr):
+    """What (x - mean) is multiplied by, and what is added."""
+    if AFFINE:
+        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
+        shift = tl.load(beta_ptr + cols, mask=c_ok, other=0.0)
+    else:
+        shift = tl.zeros(scale.shape, tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, scale, shift, RELU: tl.constexpr):
+    """dz: dy where the ReLU let something through, 0 elsewhere."""
+    dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RELU == "y":
+        dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+    elif RELU == "x":
+        y = apart * scale[None, :] + shift[None, :]
+        dz = tl.where(y.to(x_ptr.dtype.element_ty).to(tl.float32) > 0.0, dz, 0.0)  # rounded as y was
+    return dz
 
 
 @triton.jit(do_not_specialize=["M", "per_part", "eps"])
@@ -157,13 +178,16 @@ def _gradient_sums(
     y_ptr,
     dy_ptr,
     mean_ptr,
+    gamma_ptr,
+    beta_ptr,
     sums_ptr,  # float32 [2, parts, C]: of dz, and of dz * normalised x
     M,
     C,
     parts,
     per_part,
     eps,
-    RELU: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RELU: tl.constexpr,  # "": none; "y", "x": what tells where it let something through
     WIDE: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -175,16 +199,15 @@ def _gradient_sums(
     end = tl.minimum(begin + per_part, M)
     mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
     scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
+    factor, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
     dbeta = tl.zeros((BC,), tl.float32)
     dgamma = tl.zeros((BC,), tl.float32)
     for start in range(begin, end, BM):
         offsets, mask = _tile_of(start, end, cols, C, BM, WIDE)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+        apart = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        dz = _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, factor, shift, RELU)
         dbeta += tl.sum(dz, axis=0)
-        dgamma += tl.sum(dz * ((x - mean[None, :]) * scale[None, :]), axis=0)
+        dgamma += tl.sum(dz * (apart * scale[None, :]), axis=0)
     tl.store(sums_ptr + part * C + cols, dbeta, mask=c_ok)
     tl.store(sums_ptr + (parts + part) * C + cols, dgamma, mask=c_ok)
 
@@ -207,6 +230,7 @@ def _input_gradient(
     dy_ptr,
     mean_ptr,
     gamma_ptr,
+    beta_ptr,
     grads_ptr,  # float32 [2, C]: dbeta, dgamma
     dx_ptr,
     dres_ptr,
@@ -229,16 +253,13 @@ def _input_gradient(
     rows = M.to(tl.float32)
     dbeta = tl.load(grads_ptr + cols, mask=c_ok, other=0.0) / rows
     dgamma = tl.load(grads_ptr + C + cols, mask=c_ok, other=0.0) / rows
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+    factor, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
+    apart = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    dz = _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, factor, shift, RELU)
     if HAS_RES:
         tl.store(dres_ptr + offsets, dz.to(dres_ptr.dtype.element_ty), mask=mask)
-    normal = (x - mean[None, :]) * scale[None, :]
-    if AFFINE:
-        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
-    dx = (dz - dbeta[None, :] - normal * dgamma[None, :]) * scale[None, :]
+    normal = apart * scale[None, :]
+    dx = (dz - dbeta[None, :] - normal * dgamma[None, :]) * factor[None, :]
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -251,7 +272,7 @@ class _Plan:
     def __init__(self, shape: tuple[int, ...]) -> None:
         n, self.c, *space = shape
         self.m = n * space[0] * space[1] * space[2]
-        if self.m >= 2**31 - _ROWS:
+        if self.m >= 2**31 - _PROGRAMS * _ROWS:  # the last part may end as far beyond
             raise ValueError(f"x: expected fewer than 2^31 pixels, got {self.m}")
         self.wide = self.m * self.c >= 2**31
         self.bc = min(64, max(16, triton.next_power_of_2(self.c)))
@@ -286,11 +307,11 @@ class _Forward:
 class _Backward:
     """The launches of a backward pass, prepared once."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: str) -> None:
         p = _plan(shape)
         self.parts_shape, self.c = (2, p.parts, p.c), p.c
         sizes = (p.m, p.c, p.parts, p.per_part, eps)
-        self.sums = Launch(_gradient_sums, p.sums, sizes, {"RELU": relu, **p.tiles})
+        self.sums = Launch(_gradient_sums, p.sums, sizes, {"AFFINE": affine, "RELU": relu, **p.tiles})
         self.merge = Launch(_merge_sums, (p.merge, 2), (p.c, p.parts), p.merging)
         how = {"AFFINE": affine, "HAS_RES": residual, "RELU": relu, **p.tiles}
         self.gradient = Launch(_input_gradient, p.elements, (p.m, p.c, eps), how)
@@ -388,47 +409,50 @@ def _(x, gamma, beta, residual, eps, activation):
 @torch.library.custom_op(
     "r3d_kernels::triton_batch_norm_act_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? gamma, bool residual, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? gamma, Tensor? beta, bool relu, bool residual, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
 )
-def _batch_norm_act_backward(dy, x, y, statistics, gamma, residual, eps):
-    """y is None where there was no ReLU; the gradients of beta and gamma come as one [2, C]."""
+def _batch_norm_act_backward(dy, x, y, statistics, gamma, beta, relu, residual, eps):
+    """y is asked for behind a ReLU and a residual; the gradients of beta and gamma come as one [2, C]."""
     check_operand(x, "x")
-    relu, affine = y is not None, gamma is not None
-    run = _backward_of(tuple(x.shape), eps, affine, residual, relu)
+    affine, has_y = gamma is not None, y is not None
+    if relu and residual and not has_y:
+        raise ValueError("y: expected a tensor where there were a residual and a ReLU, got None")
+    mask = "" if not relu else "y" if has_y else "x"
+    run = _backward_of(tuple(x.shape), eps, affine, residual, mask)
     x, dy = channels_last(x), channels_last(dy)
-    y = channels_last(y) if relu else x
+    y = channels_last(y) if mask == "y" else x
     dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
     dres = torch.empty_like(dx) if residual else x.new_empty(0)
     grads = x.new_empty((2, run.c), dtype=torch.float32)
     sums = x.new_empty(run.parts_shape, dtype=torch.float32)
     with on_device(x):
-        run.sums(x, y, dy, statistics, sums)
+        gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (grads, grads)
+        run.sums(x, y, dy, statistics, gamma, beta, sums)
         run.merge(sums, grads)
-        factors = gamma.contiguous() if affine else grads
-        run.gradient(x, y, dy, statistics, factors, grads, dx, dres if residual else dx)
+        run.gradient(x, y, dy, statistics, gamma, beta, grads, dx, dres if residual else dx)
     return dx, dres, grads
 
 
 @_batch_norm_act_backward.register_fake
-def _(dy, x, y, statistics, gamma, residual, eps):
+def _(dy, x, y, statistics, gamma, beta, relu, residual, eps):
     dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
     dres = torch.empty_like(dx) if residual else x.new_empty(0)
     return dx, dres, x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, gamma, _, residual, eps, activation = inputs
+    x, gamma, beta, residual, eps, activation = inputs
     y, statistics = output
-    ctx.save_for_backward(x, y if activation == "relu" else None, statistics, gamma)
-    ctx.residual, ctx.eps = residual is not None, eps
+    ctx.relu, ctx.residual, ctx.eps = activation == "relu", residual is not None, eps
+    ctx.save_for_backward(x, y if ctx.relu and ctx.residual else None, statistics, gamma, beta)
     ctx.mark_non_differentiable(statistics)
 
 
 def _backward(ctx, dy: Tensor, _: Tensor):
-    x, y, statistics, gamma = ctx.saved_tensors
+    x, y, statistics, gamma, beta = ctx.saved_tensors
     dx, dres, grads = torch.ops.r3d_kernels.triton_batch_norm_act_backward(
-        dy, x, y, statistics, gamma, ctx.residual, ctx.eps
+        dy, x, y, statistics, gamma, beta, ctx.relu, ctx.residual, ctx.eps
     )
     dbeta, dgamma = (None, None) if gamma is None else grads.unbind(0)
     return dx, dgamma, dbeta, dres if ctx.residual else None, None, None

@@ -71,9 +71,10 @@ def _max_pool(
     BC: tl.constexpr,
 ):
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(0)
     if WIDE:
-        m = m.to(tl.int64)
+        first = first.to(tl.int64)
+    m = first * BM + tl.arange(0, BM)
     m_ok = m < M
     c_ok = (cols < C)[None, :]
     row = m // OW

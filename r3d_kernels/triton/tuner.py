@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -176,8 +176,16 @@ def _random_like(t: Tensor) -> Tensor:
 # ---- what torch computes, in exact float32 ----
 
 
-def _exact() -> contextlib.AbstractContextManager[None]:
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """The newer switch, of convolutions alone: where it was set, the older one cannot be asked, nor what saves it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.benchmark = "ieee", False
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.benchmark = before
 
 
 def _ends(n: int) -> list[int]:

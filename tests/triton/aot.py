@@ -76,7 +76,10 @@ def record(job: dict[str, Any]) -> list[tuple[Any, tuple, dict]]:
         launch.WeightGrad(p, config.Config.parse(job["config"]), precision)(x, y)
     elif what == "norm":
         norm._batch_norm_act._init_fn(y, vector, vector, x, 1e-5, "relu")
-        norm._batch_norm_act_backward._init_fn(y, x, y, tensor((2, p.k)), vector, True, 1e-5)
+        for y_of_relu, residual in ((y, True), (None, False)):
+            norm._batch_norm_act_backward._init_fn(
+                y, x, y_of_relu, tensor((2, p.k)), vector, vector, True, residual, 1e-5
+            )
     elif what == "pool":
         pool._max_pool3d._init_fn(y, [3, 3, 3], [2, 2, 2], [1, 1, 1])
         pool._global_avg_pool3d._init_fn(y)

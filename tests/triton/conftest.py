@@ -15,6 +15,7 @@ from pathlib import Path
 
 import background
 import pytest
+import torch
 
 _CHILD = "R3D_TRITON_TEST_REPORTS"  # the file that the child writes its reports to
 _TIMEOUT = 1800
@@ -42,6 +43,13 @@ def interpreter():
     import interpreter
 
     interpreter.mend()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact_float32():
+    """float32 is exact where a test does not ask for TF32, which torch's switch allows by default."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 def _interpreted(item: pytest.Item) -> bool:

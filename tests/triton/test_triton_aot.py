@@ -189,7 +189,7 @@ def test_machine_code(job: dict, results: dict[str, list[dict] | str]) -> None:
         if not kernel["name"].startswith("conv3d"):
             continue
         config = Config.parse(job["config"])
-        rows = config.bk if config.kernel == "pixels" else config.bm
+        rows = config.bk if config.over_pixels else config.bm
         meant = tensor_cores(job["precision"], job["arch"], rows)
         assert kernel[meant] > 0, about
         assert all(kernel[other] == 0 for other in {"HMMA", "HGMMA", "UTCMMA"} - {meant}), about
@@ -275,5 +275,6 @@ def test_boxes() -> None:
         "n1c64d8h56w56k64f3p1s2": "stride 1",
         "n1c64d8h56w56k64f3p1g2": "groups",
         "n1c45d8h56w56k64f3p1": "16 bytes",
+        "n32768c64d16h64w64k64f1": "32 bits",
     }.items():
         assert why in configs.why_no_boxes(ConvProblem.parse(text), torch.bfloat16)

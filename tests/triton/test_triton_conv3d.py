@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ IDS = ("fp32", "bf16", "fp16")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 
 
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last_3d)
+
+
 def folded(t: ProblemTensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Batch norm as float32 scale and bias."""
     scale = t.gamma.double() / (t.running_var.double() + t.eps).sqrt()
@@ -37,8 +42,22 @@ def stock(p: ConvProblem, t: ProblemTensors) -> torch.Tensor | None:
     return p.reference(t, None) if t.x.dtype != torch.float32 else None
 
 
-def check(p: ConvProblem, dtype: torch.dtype, config: str | None = None, **data) -> torch.Tensor:
+def to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """float32 to ten bits, to the nearest, ties away from zero: what tensor cores are to multiply."""
+    bits = (t.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(t.isfinite(), bits.view(torch.float32), t)
+
+
+def rounded(t: ProblemTensors) -> ProblemTensors:
+    return dataclasses.replace(t, x=to_tf32(t.x), weight=to_tf32(t.weight))
+
+
+def check(
+    p: ConvProblem, dtype: torch.dtype, config: str | None = None, precision: str | None = None, **data
+) -> torch.Tensor:
     t = p.tensors(dtype, **data)
+    if precision == "tf32":  # numbers that it holds, whose products are exact
+        t = rounded(t)
     scale, bias = folded(t)
     if config is None:
         y = conv3d.conv3d(
@@ -54,7 +73,8 @@ def check(p: ConvProblem, dtype: torch.dtype, config: str | None = None, **data)
             activation=p.activation,
         )
     else:
-        run = conv3d.forward(p, Config.parse(config), configs.precision_of(dtype), True, True)
+        precision = precision or configs.precision_of(dtype)
+        run = conv3d.forward(p, Config.parse(config), precision, True, True)
         y = run(t.x, t.weight, scale, bias, t.residual)
     assert y.shape == p.out_shape
     assert y.dtype == dtype
@@ -139,7 +159,7 @@ def test_every_shipped_tile(precision: str) -> None:
         for config in configs.shipped(precision, name, 90):
             if precision == "ieee" and name == "wide":
                 continue  # the tiles of "narrow", and the most work
-            check(ConvProblem.parse(text), dtype, str(config))
+            check(ConvProblem.parse(text), dtype, str(config), precision)
 
 
 @dtypes
@@ -158,6 +178,66 @@ def test_epilogue_parts(dtype: torch.dtype, scale: bool, bias: bool) -> None:
     assert_keeps_promise(y, want)
 
 
+def test_rounding_to_tf32() -> None:
+    one = 2.0**-10  # the last bit of a number from 1 to 2
+    x = torch.tensor(
+        [0.0, -0.0, 1 + one / 2, -1 - one / 2, 1 + 0.49 * one, 1.5 * one, 3.3e38, float("inf"), -float("inf")]
+    )
+    want = torch.tensor([0.0, -0.0, 1 + one, -1 - one, 1.0, 1.5 * one, 3.3e38, float("inf"), -float("inf")])
+    want[6] = to_tf32(x[6:7])[0]
+    # with every bit of the mantissa set, which a carry would turn into a zero
+    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    y = launch._Round(12)(torch.cat([x, nan]).view(12, 1, 1, 1, 1)).view(-1)
+    assert torch.equal(y[:9].view(torch.int32), want.view(torch.int32))
+    assert y[9:].isnan().all()
+    x = torch.randn(1000)
+    y = launch._Round(1000)(x.view(1000, 1, 1, 1, 1)).view(-1)
+    assert torch.equal(y, to_tf32(x))
+    assert ((y - x).abs() <= x.abs() * 2.0**-11).all()
+
+
+@pytest.mark.parametrize("text", [TILES[i] for i in (0, 2, 5, 7, 9)], ids=lambda t: t[1])
+def test_tf32_is_rounded_to(text: tuple[str, str]) -> None:
+    """Tensor cores would drop the bits, which is more than twice as far off, and always towards zero."""
+    from triton.runtime import interpreter
+
+    known = not launch._ROUNDING_COPIES or hasattr(interpreter, "_round_f32_to_tf32")
+    if text[1].startswith("boxes") and not known:
+        pytest.skip(
+            "the interpreter of Triton 3.7 and 3.8 does not know of copies that round; their drivers do"
+        )
+    p = ConvProblem.parse(text[0])
+    t = p.tensors(torch.float32)
+    scale, bias = folded(t)
+    y = conv3d.forward(p, Config.parse(text[1]), "tf32", True, True)(t.x, t.weight, scale, bias, t.residual)
+    error = (y - p.reference(rounded(t))).norm() / y.norm()
+    assert error < 2e-5  # copies of descriptors round ties to even numbers
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "config"),
+    [
+        ("input", "n1c20d2h4w5k40f3x1x2p1x0x1", "tiled 32x16x16 w4 s2 g2 k2"),
+        ("input", "n1c16d2h5w5k40f3s2p1", "tiled 16x16x16 w4 s2 g2 k1"),
+        ("weight", "n1c20d2h4w5k40f3x1x2p1x0x1", "pixels 16x16x32 w4 s2 g8 k2"),
+        ("weight", "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", "strips 16x16x32 w4 s2 g8 k1"),
+        ("weight", "n1c3d2h7w9k40f1x3x3s1x1x2p0x1x1", "pixels 16x16x32 w4 s2 g8 k1"),
+    ],
+)
+def test_gradients_round_to_tf32(what: str, text: str, config: str) -> None:
+    p = ConvProblem.parse(text)
+    t = p.tensors(torch.float32)
+    dy = channels_last(torch.randn(p.out_shape))
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    leaves = [to_tf32(v).double().requires_grad_() for v in (t.x, t.weight)]
+    torch.nn.functional.conv3d(*leaves, None, *geometry).backward(to_tf32(dy).double())
+    if what == "input":
+        ours, exact = conv3d.input_grad(p, Config.parse(config), "tf32")(dy, t.weight), leaves[0].grad
+    else:
+        ours, exact = conv3d.weight_grad(p, Config.parse(config), "tf32")(t.x, dy), leaves[1].grad
+    assert (ours - exact).norm() / exact.norm() < 1e-6
+
+
 def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
     for text, config in (TILES[3], *TILES[6:10:3], TILES[-1]):
         p = ConvProblem.parse(text)
@@ -171,11 +251,25 @@ def test_offsets_of_64_bits_change_nothing(monkeypatch) -> None:
         assert torch.equal(narrow, wide)
 
 
+def test_offsets_of_outputs_count_too() -> None:
+    """A stem has few inputs and many outputs."""
+    p = ConvProblem.parse("n700c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu")
+    assert math.prod(p.in_shape) < 2**31 < math.prod(p.out_shape)
+    for config in (
+        "rows 128x64x32 w8 s3 g8 k1",
+        "packed 128x64x32 w8 s2 g8 k1",
+        "tiled 64x64x32 w8 s2 g8 k1",
+    ):
+        assert conv3d.forward(p, Config.parse(config), "half", True, True).meta["WIDE"]
+    for config in ("strips 64x32x64 w4 s3 g8 k1", "pixels 32x64x64 w4 s3 g8 k1"):
+        assert conv3d.weight_grad(p, Config.parse(config), "half").launch.meta["WIDE"]
+
+
 def test_rows_that_are_none() -> None:
     for text, why in {
         "n1c4d2h4w4k16f3p1g2": "groups=1",
         "n1c4d2h4w4k16f3p2l2": "dilation 1 along the width",
-        "n1c4d40h4w4k16f35x1x1": "at most 32 taps",
+        "n1c4d40h4w4k16f35x1x1": "at most 31 taps",
         "n1c8d2h4w9k16f1x1x9p0x0x4": "at most 32 values, got 72",
     }.items():
         with pytest.raises(ValueError, match=why):
@@ -391,7 +485,9 @@ def test_weight_gradient_in_parts() -> None:
 
 def check_gradient_tile(what: str, p: ConvProblem, config: Config, precision: str) -> None:
     t = p.tensors(torch.bfloat16 if precision == "half" else torch.float32)
-    dy = torch.randn(p.out_shape).to(t.x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    dy = channels_last(torch.randn(p.out_shape).to(t.x.dtype))
+    if precision == "tf32":
+        t, dy = rounded(t), to_tf32(dy)
     leaves = [t.x.double().requires_grad_(), t.weight.double().requires_grad_()]
     geometry = (p.stride, p.padding, p.dilation, p.groups)
     torch.nn.functional.conv3d(*leaves, None, *geometry).backward(dy.double())
@@ -461,6 +557,27 @@ def test_autograd(activation: str | None) -> None:
     (y.relu() if activation else y).backward(dy.double())
     for ours, want in zip(leaves, exact, strict=True):
         assert_keeps_promise(ours.grad, want.grad)
+
+
+def test_under_autocast() -> None:
+    """As torch's conv3d: float32 parameters, a half-precision result, float32 gradients."""
+    p = ConvProblem.parse("n1c6d2h5w4k8f3p1+res")
+    t = p.tensors()
+    leaves = [t.x.requires_grad_(), t.weight.requires_grad_(), t.residual.bfloat16().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv3d.conv3d(leaves[0], leaves[1], residual=leaves[2], padding=1, activation="relu")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(
+        y,
+        conv3d.conv3d(t.x.bfloat16(), t.weight.bfloat16(), residual=leaves[2], padding=1, activation="relu"),
+    )
+    y.sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, torch.float32, torch.bfloat16]
+    with (
+        torch.autocast("cpu", enabled=False),
+        pytest.raises(TypeError, match=r"residual: expected torch\.float32"),
+    ):
+        conv3d.conv3d(leaves[0], leaves[1], residual=leaves[2], padding=1)
 
 
 def test_a_gradient_with_more_taps_than_a_word_has_bits() -> None:
@@ -682,11 +799,19 @@ def test_wrong_input_is_refused_in_the_words_of_the_other_kernels(case: str) -> 
     assert str(ours.value) == str(theirs.value)
 
 
+def test_more_groups_than_a_grid_takes() -> None:
+    x, weight = torch.zeros(1, 65536, 1, 1, 1), torch.zeros(65536, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="groups: expected at most 65535, got 65536"):
+        conv3d.conv3d(x, weight, groups=65536)
+    with pytest.raises(ValueError, match="groups: expected at most 65535, got 65536"):
+        conv3d.conv3d_input_grad(x, weight, x.shape, groups=65536)
+
+
 def test_wrong_gradients() -> None:
     weight, dy = torch.zeros(6, 4, 3, 3, 3), torch.zeros(2, 6, 3, 5, 5)
     with pytest.raises(ValueError, match=r"dy: expected the output's shape \[2, 6, 3, 5, 5\], got"):
         conv3d.conv3d_input_grad(dy[:, :, 1:], weight, (2, 4, 3, 5, 5), padding=1)
     with pytest.raises(TypeError, match=r"dy: expected torch.float16"):
         conv3d.conv3d_weight_grad(torch.zeros(2, 4, 3, 5, 5).half(), dy, weight.shape, padding=1)
-    with pytest.raises(ValueError, match="kernel_size: expected at most 32 taps"):
+    with pytest.raises(ValueError, match="kernel_size: expected at most 31 taps"):
         conv3d.conv3d_input_grad(torch.zeros(1, 6, 1, 1, 8), torch.zeros(6, 4, 1, 1, 33), (1, 4, 1, 1, 40))

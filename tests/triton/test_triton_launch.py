@@ -60,7 +60,7 @@ def forward(text: str, config: str, dtype: torch.dtype = torch.bfloat16):
 def backward_of_norm():
     x, statistics = channels_last(2, 32, 2, 3, 3), torch.rand(2, 32)
     op = torch.ops.r3d_kernels.triton_batch_norm_act_backward
-    return lambda: op(x, x, x, statistics, torch.ones(32), True, 1e-5)
+    return lambda: op(x, x, x, statistics, torch.ones(32), torch.ones(32), True, True, 1e-5)
 
 
 P = ConvProblem.parse("n1c32d3h6w6k32f3s2p1")

@@ -81,10 +81,45 @@ def test_a_mean_far_above_the_deviation(mean: float, std: float) -> None:
     assert relative_error(y, exact_y) < 2 * relative_error(stock, exact_y) + 5e-6
 
 
+def test_without_a_residual_the_output_is_not_kept() -> None:
+    """Where the ReLU let something through follows from x, rounded as y was: 1e-9 is zero in float16."""
+    x = torch.tensor([[1.0, -1.0], [3.0, -3.0]]).half().view(2, 2, 1, 1, 1).requires_grad_()
+    gamma, beta = torch.tensor([0.0, 0.0]), torch.tensor([1e-9, 1.0])
+    for residual, kept in ((None, 1), (torch.zeros_like(x), 2)):
+        y, _, _ = norm.batch_norm_act(x, gamma.requires_grad_(), beta.requires_grad_(), residual)
+        assert sum(t is not None and t.dim() == 5 for t in y.grad_fn.saved_tensors) == kept
+        (dbeta,) = torch.autograd.grad(y, beta, torch.ones_like(y))
+        assert dbeta.tolist() == [0.0, 2.0]
+        beta.grad = None
+    with pytest.raises(ValueError, match="y: expected a tensor where there were a residual and a ReLU"):
+        torch.ops.r3d_kernels.triton_batch_norm_act_backward(
+            x, x, None, torch.ones(2, 2), gamma, beta, True, True, 1e-5
+        )
+
+
 def test_many_parts() -> None:
     plan = norm._plan((2, 5, 9, 15, 16))
     assert plan.parts > 2
     assert plan.parts * plan.per_part >= plan.m > (plan.parts - 1) * plan.per_part
+
+
+@pytest.mark.parametrize(
+    ("shape", "least"),
+    [
+        ((8, 64, 16, 56, 56), 890),
+        ((8, 128, 8, 28, 28), 700),
+        ((8, 256, 4, 14, 14), 190),
+        ((8, 512, 2, 7, 7), 40),
+    ],
+)
+def test_a_pass_fills_the_machine(shape: tuple[int, ...], least: int) -> None:
+    """The layers of a network have programs enough for 132 multiprocessors, as far as they have rows."""
+    plan = norm._plan(shape)
+    parts, blocks = plan.sums
+    assert parts * blocks >= least
+    assert blocks * plan.bc >= plan.c
+    assert parts * plan.per_part >= plan.m > (parts - 1) * plan.per_part
+    assert parts <= plan.merging["PARTS"] <= 1024  # which one program adds up
 
 
 def test_same_bits_every_time() -> None:
@@ -124,7 +159,11 @@ def test_opcheck(affine: bool) -> None:
     statistics = torch.stack([x.mean((0, 2, 3, 4)), x.var((0, 2, 3, 4))])
     torch.library.opcheck(
         torch.ops.r3d_kernels.triton_batch_norm_act_backward,
-        (torch.randn_like(x), x, x.relu(), statistics, None if gamma is None else gamma.detach(), True, 1e-5),
+        (
+            *(torch.randn_like(x), x, x.relu(), statistics),
+            *(None if t is None else t.detach() for t in (gamma, beta)),
+            *(True, True, 1e-5),
+        ),
     )
 
 

@@ -35,7 +35,7 @@ def test_the_check_passes() -> None:
 def test_a_wrong_gradient_is_found(monkeypatch) -> None:
     right = launch.InputGrad.__call__
     monkeypatch.setattr(launch.InputGrad, "__call__", lambda self, dy, weight: right(self, dy, weight) * 1.05)
-    with pytest.raises(gpu_report.Failed, match=r"6 of .* cases are wrong, first .*input gradient"):
+    with pytest.raises(gpu_report.Failed, match=r"5 of .* cases are wrong, first .*input gradient"):
         gpu_report.check_triton(device="cpu", problems=SMALL[1:])
 
 
@@ -55,7 +55,7 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
     monkeypatch.setattr(gpu_triton, "CHANNELS", (5,))
     monkeypatch.setattr(gpu_triton, "WINDOWS", gpu_triton.WINDOWS[1:])
     data = gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
-    assert data["cases"] == 3 * (7 + 2 + 2)
+    assert data["cases"] == 3 * (7 + 6 + 2 + 2)
     right = norm._input_gradient
 
     class Wrong:
@@ -64,13 +64,13 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
         def __getitem__(self, grid):
             def run(*operands, **meta):
                 right[grid](*operands, **meta)
-                operands[6].mul_(1.05)  # dx
+                operands[7].mul_(1.05)  # dx
 
             return run
 
     monkeypatch.setattr(norm, "_input_gradient", Wrong())
     norm._backward_of.cache_clear()
-    with pytest.raises(gpu_report.Failed, match=r"3 of .* cases are wrong, first .*norm's dx"):
+    with pytest.raises(gpu_report.Failed, match=r"6 of .* cases are wrong, first .*norm's dx"):
         gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
     norm._backward_of.cache_clear()
 

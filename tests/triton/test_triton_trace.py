@@ -72,7 +72,9 @@ def test_on_a_gpu_everything_stays_there(dtype: torch.dtype) -> None:
         dx = ops.triton_conv3d_input_grad(y, weight, x.shape, *geometry)
         dw = ops.triton_conv3d_weight_grad(x, y, weight.shape, *geometry)
         statistics = on_gpu(2, 7, dtype=torch.float32)
-        dy, dres, grads = ops.triton_batch_norm_act_backward(y, y, y, statistics, gamma, True, 1e-5)
+        dy, dres, grads = ops.triton_batch_norm_act_backward(
+            y, y, y, statistics, gamma, beta, True, True, 1e-5
+        )
     for got, like in ((y, residual), (dx, x), (dw, weight), (dy, residual), (dres, residual)):
         assert (got.device.type, got.shape, got.dtype) == ("cuda", like.shape, dtype)
         assert got.is_contiguous(memory_format=torch.channels_last_3d)
