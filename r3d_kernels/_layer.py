@@ -61,19 +61,6 @@ def _call(
     return kernel.run(pack, source.convert(x), residual, request)
 
 
-def _settled(device: torch.device) -> bool:
-    """Waits until what was made on the device is there: another stream may read it next, and no event tells it so.
-
-    False inside the capture of a CUDA graph, where nothing can be waited for: what is made there has no contents before
-    a replay, and must not be kept.
-    """
-    if device.type == "cuda":
-        if backends.capturing(device):
-            return False
-        torch.cuda.current_stream(device).synchronize()
-    return True
-
-
 class LayerState:
     """Packs and plans of one convolution with its batch norm. Shared by threads; copies and pickles are empty."""
 
@@ -126,7 +113,7 @@ class LayerState:
             if current is None or not followed or current.key != key:
                 with torch.no_grad():
                     current = _Snapshot(key, backends.Layer.of(weight, conv_bias, norm))
-                if _settled(weight.device):
+                if backends.settled(weight.device):
                     self._snapshot = current
             return current
 
@@ -224,7 +211,7 @@ class LayerState:
 
             choice = backends.choose(request, asked, packed, x, residual)
             plan = (choice.kernel, packed(choice.kernel), request, choice)
-            if not _settled(x.device):
+            if not backends.settled(x.device):
                 warnings.warn(
                     f"a fused layer ({request}) runs for the first time while a CUDA graph is captured: the graph "
                     f"packs its weights at every replay and has an unmeasured kernel ({choice.kernel.name}); call "

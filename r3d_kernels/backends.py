@@ -825,6 +825,19 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def settled(device: torch.device) -> bool:
+    """Waits until what was made on the device is there: another stream may read it next, and no event tells it so.
+
+    False inside the capture of a CUDA graph, where nothing can be waited for: what is made there has no contents before
+    a replay, and must not be kept.
+    """
+    if device.type == "cuda":
+        if capturing(device):
+            return False
+        torch.cuda.current_stream(device).synchronize()
+    return True
+
+
 class _Packs(dict[str, Any]):
     """Packed weights by the kernel's name, each made when it is asked for."""
 

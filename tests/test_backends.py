@@ -363,7 +363,7 @@ def test_what_is_made_in_a_capture_is_not_kept(monkeypatch) -> None:
     """It has no contents before a replay; and nothing is tried there."""
     with monkeypatch.context() as m:
         m.setattr(backends, "capturing", lambda device: True)
-        m.setattr(_layer, "_settled", lambda device: False)
+        m.setattr(backends, "settled", lambda device: False)
         tried = []
         m.setattr(backends, "_fails", lambda *args: tried.append(args))
         module, t = layer(), P.tensors()
@@ -390,7 +390,7 @@ def test_other_streams_find_packs_complete(monkeypatch) -> None:
         waited.append(not backends.explain(state["module"]))
         return True
 
-    monkeypatch.setattr(_layer, "_settled", settled)
+    monkeypatch.setattr(backends, "settled", settled)
     state["module"] = module = layer()
     run(module)
     assert waited == [True, True]  # for batch norm's scale and shift, and for the pack
@@ -407,12 +407,12 @@ def test_waiting_for_a_device(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(backends, "capturing", lambda device: False)
-    assert _layer._settled(torch.device("cpu"))
+    assert backends.settled(torch.device("cpu"))
     assert Stream.waits == 0
-    assert _layer._settled(torch.device("cuda", 1))
+    assert backends.settled(torch.device("cuda", 1))
     assert Stream.waits == 1
     monkeypatch.setattr(backends, "capturing", lambda device: True)
-    assert not _layer._settled(torch.device("cuda", 1))
+    assert not backends.settled(torch.device("cuda", 1))
     assert Stream.waits == 1
 
 
@@ -675,3 +675,27 @@ def test_describe() -> None:
     assert facts["isa"] in ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
     assert facts["threads"] == torch.get_num_threads()
     assert os.path.exists(facts["extension"])
+
+
+def test_triton_keeps_no_weight_that_a_capture_made(monkeypatch) -> None:
+    from r3d_kernels.triton.backend import _Pack
+
+    class Launch:
+        packing = ("rounded",)
+
+        @staticmethod
+        def pack(weight: torch.Tensor) -> torch.Tensor:
+            return weight + 1
+
+    weight = torch.zeros(2, 2, 1, 1, 1)
+    pack = _Pack(weight, torch.ones(2), torch.zeros(2))
+    monkeypatch.setattr(backends, "settled", lambda device: False)
+    inside, kept = pack.weight_for(Launch)
+    assert not kept
+    monkeypatch.undo()
+    first, kept = pack.weight_for(Launch)
+    assert kept
+    assert first is not inside
+    assert pack.weight_for(Launch)[0] is first
+    Launch.packing = None
+    assert pack.weight_for(Launch) == (weight, True)

@@ -66,18 +66,20 @@ class _Pack:
         # id of a request -> (the request, so that the id stays its own; precision; launch; the weight as it wants it)
         self.launches: dict[int, tuple[Request, str, Any, Tensor]] = {}
 
-    def weight_for(self, launch: Any) -> Tensor:
-        """The weight as a launch wants it, made once for all that want the same."""
-        from r3d_kernels.backends import _capturing
+    def weight_for(self, launch: Any) -> tuple[Tensor, bool]:
+        """The weight as a launch wants it, made once for all that want the same, and whether it may be kept."""
+        from r3d_kernels.backends import settled
 
         if launch.packing is None:
-            return self.weight
+            return self.weight, True
         weight = self._packed.get(launch.packing)
-        if weight is None:
-            weight = launch.pack(self.weight)
-            if not _capturing(weight.device):  # a graph's is written when the graph is replayed
-                self._packed[launch.packing] = weight
-        return weight
+        if weight is not None:
+            return weight, True
+        weight = launch.pack(self.weight)
+        if not settled(weight.device):
+            return weight, False
+        self._packed[launch.packing] = weight
+        return weight, True
 
 
 class TritonConv3d:
@@ -126,13 +128,13 @@ class TritonConv3d:
         operands = (x, pack.weight, pack.scale, pack.shift, residual)
         try:
             launch, final = conv3d.chosen(request.problem, *operands)
-            weight = pack.weight_for(launch)
+            weight, kept = pack.weight_for(launch)
             y = launch.run(x, weight, pack.scale, pack.shift, residual)
         except (RuntimeError, MemoryError):
             raise
         except Exception as e:  # Triton's errors share no base that torch's callers know
             raise RuntimeError(f"Triton: {type(e).__name__}: {e}") from e
-        if final:
+        if final and kept:
             if len(pack.launches) >= 256:
                 pack.launches.clear()
             pack.launches[id(request)] = (request, precision, launch, weight)
