@@ -254,8 +254,8 @@ class DirectCpu:
 class KeptCpu(DirectCpu):
     """The direct convolution of few pixels with weights that were turned once and are kept: the same bits, sooner.
 
-    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers keep weights, and all of
-    a process no more than `_keeping.LEAN` bytes, first come, first served.
+    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers at batch 1 keep weights, and
+    all of a process no more than `_keeping.LEAN` bytes, first come, first served.
     """
 
     name = "direct kept"
@@ -273,6 +273,8 @@ class KeptCpu(DirectCpu):
             return f"is for kernels of at most 32 taps, got {p.kernel}"
         if memory_mode() == "lean" and request.dtype != torch.float32:
             return "keeps float32 weights only (R3D_KERNELS_MEMORY=fast allows others)"
+        if memory_mode() == "lean" and p.n > 1:  # our outputs, which wait for the next call, take the room
+            return f"keeps weights for one clip at a time, got {p.n} (R3D_KERNELS_MEMORY=fast allows more)"
         size = self._bytes(request)
         if not _keeping.shared.fits(size, self._limit()):
             return (

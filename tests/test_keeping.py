@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 
@@ -88,6 +89,13 @@ def test_what_it_says_when_there_is_no_room(keeping, monkeypatch) -> None:
 def test_bfloat16_keeps_weights_only_where_memory_does_not_matter(monkeypatch) -> None:
     request = backends.Request(P, torch.bfloat16, torch.device("cpu"), 2)
     assert "float32 weights only" in backends.candidates(request)[1]["direct kept"]
+    monkeypatch.setenv("R3D_KERNELS_MEMORY", "fast")
+    assert "direct kept" not in backends.candidates(request)[1]
+
+
+def test_batches_keep_weights_only_where_memory_does_not_matter(monkeypatch) -> None:
+    request = backends.Request(dataclasses.replace(P, n=2), torch.float32, torch.device("cpu"), 2)
+    assert "one clip at a time, got 2" in backends.candidates(request)[1]["direct kept"]
     monkeypatch.setenv("R3D_KERNELS_MEMORY", "fast")
     assert "direct kept" not in backends.candidates(request)[1]
 
