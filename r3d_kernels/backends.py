@@ -254,8 +254,8 @@ class DirectCpu:
 class KeptCpu(DirectCpu):
     """The direct convolution of few pixels with weights that were turned once and are kept: the same bits, sooner.
 
-    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers at batch 1 keep weights, and
-    all of a process no more than `_keeping.LEAN` bytes, first come, first served.
+    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers at batch 1 keep
+    weights, and all of a process no more than `_keeping.LEAN` bytes, first come, first served.
     """
 
     name = "direct kept"
