@@ -154,6 +154,8 @@ class LayerState:
         settings = (asked, torch.get_num_threads(), *backends.settings(), tf32)
         key = (x.shape, dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
         plan = snapshot.plans.get(key)
+        if plan is not None and plan[3].doubtful():
+            plan = None
         if plan is not None and not torch.is_grad_enabled():
             kernel, pack, request, _ = plan
             return _call(kernel, pack, x, residual, request, source)
@@ -198,8 +200,9 @@ class LayerState:
         request = backends.Request(problem, x.dtype, x.device, torch.get_num_threads())
         _fork.computed_in_parallel()
         with self._lock:
-            if key in snapshot.plans:
-                return snapshot.plans[key]
+            plan = snapshot.plans.get(key)
+            if plan is not None and not plan[3].doubtful():
+                return plan
 
             packs = dict(snapshot.packs)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from r3d_kernels import _extension
+from r3d_kernels._kernel import fp32_mode
 
 if TYPE_CHECKING:
-    from r3d_kernels.backends import Layer, Request
+    from r3d_kernels._kernel import Layer, Request
     from r3d_kernels.ops.clip import ClipSource
 
 
@@ -45,8 +46,6 @@ class TensorCoreSm80:
         self.tile = -1 if tile is None else TILES.index(tile)
 
     def can_run(self, request: Request) -> str | None:
-        from r3d_kernels.backends import fp32_mode  # it imports this module
-
         p = request.problem
         if request.device.type != "cuda":
             return f"needs a CUDA tensor, got {request.device.type}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from r3d_kernels import _extension
 
 if TYPE_CHECKING:
-    from r3d_kernels.backends import Layer, Request
+    from r3d_kernels._kernel import Layer, Request
 
 __all__ = ["TILES", "Sm90Cuda"]
 

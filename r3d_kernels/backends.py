@@ -1,9 +1,10 @@
 """Which kernel runs a fused convolution: what can run it, which of those is the fastest here, and why.
 
 Kernels are listed in `KERNELS`; each says through `can_run` whether it takes a request, or why not. Where several can,
-the first call of a layer measures them side by side on the layer's own data and remembers the fastest (`tuning.py`);
-the stock layers are always among them, so a fused layer is never slower than they are. `R3D_KERNELS_TUNE=0` takes the
-first that can instead of measuring.
+the first call of a layer measures them side by side on the layer's own data and remembers the fastest (`tuning.py`).
+On a CPU a later call measures those once more that were close: a machine may have been busy with something else for
+seconds, and not all kernels suffer alike. The stock layers are always among them, so a fused layer is never slower than
+they are. `R3D_KERNELS_TUNE=0` takes the first that can instead of measuring.
 """
 
 from __future__ import annotations
@@ -11,19 +12,30 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r3d_kernels import _cpu, _extension, _fold, _fork, _keeping, tuning
+from r3d_kernels import _cpu, _fork, tuning
+from r3d_kernels._cpu_kernels import CPU_KERNELS, AmxCpu, DirectCpu
+from r3d_kernels._kernel import (
+    Kernel,
+    Layer,
+    Request,
+    channels_last,
+    describe,
+    fp32_mode,
+    memory_mode,
+    settings,
+    work,
+)
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
 from r3d_kernels._sm90 import TILES as SM90_TILES
 from r3d_kernels._sm90 import Sm90Cuda
@@ -43,6 +55,8 @@ __all__ = [
     "current_backend",
     "describe",
     "explain",
+    "fp32_mode",
+    "settings",
     "synchronize",
     "tf32_allowed",
     "work",
@@ -103,471 +117,6 @@ def current_backend() -> str:
 # ------------------------------------------------------------------------------------------------- requests and kernels
 
 
-@dataclass(frozen=True)
-class Request:
-    """A fused convolution to be run: geometry and epilogue, the dtype it runs in, where, and with how many threads."""
-
-    problem: ConvProblem
-    dtype: torch.dtype
-    device: torch.device
-    threads: int
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.problem} {dtype}"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The tensors of one layer as they are in the module, and batch norm as float64 scale and shift."""
-
-    weight: Tensor  # [K, C/groups, T, R, S]
-    conv_bias: Tensor | None  # [K]
-    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None  # mean, var, gamma, beta, eps
-    scale: Tensor | None  # float64 [K]
-    shift: Tensor  # float64 [K]
-
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        conv_bias: Tensor | None,
-        norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
-    ) -> Layer:
-        weight = weight.detach()
-        if norm is None:
-            scale, shift = _fold.identity(weight.shape[0], conv_bias, weight.device)
-        else:
-            scale, shift = _fold.scale_and_shift(*norm, conv_bias)
-        return cls(weight, conv_bias, norm, scale, shift)
-
-    def folded_weight(self, dtype: torch.dtype) -> Tensor:
-        """weight * scale, multiplied in float64. [K, C/groups, T, R, S]"""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        folded = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        scale = self.scale.view(-1, 1, 1, 1, 1)
-        for i in range(0, len(folded), 32):  # a float64 copy of all weights would be the peak of memory
-            folded[i : i + 32] = self.weight[i : i + 32].double() * scale[i : i + 32]
-        return folded
-
-
-class Kernel(Protocol):
-    """One way to run a fused convolution."""
-
-    name: str
-    backend: str
-
-    def can_run(self, request: Request) -> str | None:
-        """None, or why not."""
-
-    def pack_key(self, request: Request) -> Hashable:
-        """Requests with equal keys share their packed weights."""
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        """The weights as this kernel wants them."""
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        """act(conv(x) * scale + shift + residual), channels-last."""
-
-    # A kernel may also have
-    #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
-    #   private   tried before it may be chosen
-    #   compared  and held against the stock layers then
-    #   quiet     one more tile of another kernel: why it cannot run is not told
-
-
-class Work(NamedTuple):
-    """What a kernel has to do for a request, after what its algorithm saves."""
-
-    macs: int  # multiply-adds
-    bytes: int  # to and from memory
-    arithmetic: torch.dtype  # of the products: which of the processor's peaks is the limit
-
-
-def work(kernel: Kernel, request: Request) -> Work:
-    """The work of a kernel, for rooflines.
-
-    A kernel may tell through a method of this name. Else: a direct convolution without the taps that fall on padding,
-    and each input, weight and output once. The additions of Winograd's transforms are not counted.
-    """
-    tell = getattr(kernel, "work", None)
-    if tell is not None:
-        return tell(request)
-    return Work(request.problem.macs_inside, request.problem.bytes(request.dtype), request.dtype)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-_BYTES_A_CYCLE = 6.0  # weights from beyond L2, per core
-
-
-class DirectCpu:
-    """Our C++ direct convolution: channels-last, register-tiled, float32 accumulation (csrc/cpu/conv3d_*).
-
-    Reads the parameter itself: nothing is packed. bfloat16 products on processors that have them.
-    """
-
-    name = "direct"
-    backend = "cpu"
-    copies_weights = False
-
-    def can_run(self, request: Request) -> str | None:
-        if request.device.type != "cpu":
-            return f"needs a CPU tensor, got {request.device.type}"
-        if _extension.error is not None:
-            return f"the compiled library is missing ({_extension.error})"
-        if request.dtype not in (torch.float32, torch.bfloat16):
-            return f"has float32 and bfloat16 only, got {request.dtype}"
-        if request.problem.groups != 1:
-            return f"has groups=1 only, got {request.problem.groups}"
-        return None
-
-    def pack_key(self, request: Request) -> Hashable:
-        return request.dtype
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        scale = None if layer.scale is None else layer.scale.float()
-        weight = layer.weight.to(request.dtype)
-        if not weight.is_contiguous(memory_format=torch.channels_last_3d):  # both are read as they are
-            weight = weight.contiguous()
-        return weight, scale, layer.shift.float()
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        return torch.ops.r3d_kernels.conv3d_direct(
-            x, *pack, residual, p.stride, p.padding, p.dilation, p.activation or "none"
-        )
-
-    def cycles(self, request: Request) -> float:
-        """A rough prediction for one thread, for comparing our CPU kernels with one another.
-
-        Not for `request.threads`: an unmeasured choice, and so the bits, must not depend on them.
-        """
-        p = request.problem
-        work = p.macs_inside / (2 * _vector_lanes() * 0.9)
-        return work + p.c * p.k * math.prod(p.kernel) * 4 / _BYTES_A_CYCLE
-
-
-class KeptCpu(DirectCpu):
-    """The direct convolution of few pixels with weights that were turned once and are kept: the same bits, sooner.
-
-    Planes of taps that only meet padding are left out. In lean memory mode only float32 layers at batch 1 keep
-    weights, and all of a process no more than `_keeping.LEAN` bytes, first come, first served.
-    """
-
-    name = "direct kept"
-    keeps = True
-    _MOST_PIXELS = 128  # with more, turning is a small part of the work
-
-    def can_run(self, request: Request) -> str | None:
-        why_not = super().can_run(request)
-        if why_not is not None:
-            return why_not
-        p = request.problem
-        if not 0 < p.n * math.prod(p.out_size) <= self._MOST_PIXELS:
-            return f"is for 1 to {self._MOST_PIXELS} output pixels, got {p.n * math.prod(p.out_size)}"
-        if math.prod(p.kernel) > 32:
-            return f"is for kernels of at most 32 taps, got {p.kernel}"
-        if memory_mode() == "lean" and request.dtype != torch.float32:
-            return "keeps float32 weights only (R3D_KERNELS_MEMORY=fast allows others)"
-        if memory_mode() == "lean" and p.n > 1:  # our outputs, which wait for the next call, take the room
-            return f"keeps weights for one clip at a time, got {p.n} (R3D_KERNELS_MEMORY=fast allows more)"
-        size = self._bytes(request)
-        if not _keeping.shared.fits(size, self._limit()):
-            return (
-                f"would keep {size >> 20} MiB beside {_keeping.shared.held >> 20} MiB that other layers keep "
-                "(R3D_KERNELS_MEMORY=fast allows it)"
-            )
-        return None
-
-    @staticmethod
-    def _limit() -> int | None:
-        return _keeping.LEAN if memory_mode() == "lean" else None
-
-    @staticmethod
-    def _bytes(request: Request) -> int:
-        p = request.problem
-        live = sum(
-            any(0 <= o * p.stride[0] - p.padding[0] + t * p.dilation[0] < p.d for o in range(p.out_size[0]))
-            for t in range(p.kernel[0])
-        )
-        return live * p.kernel[1] * p.kernel[2] * p.c * p.k * request.dtype.itemsize
-
-    def pack_key(self, request: Request) -> Hashable:
-        p = request.problem
-        geometry = (p.in_shape, p.stride, p.padding, p.dilation)
-        return request.dtype, geometry, request.threads, describe()["isa"], memory_mode()
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        p = request.problem
-        weight, *rest = super().pack(layer, request)
-        reservation = _keeping.shared.reserve(self._bytes(request), self._limit())
-        kept = None
-        if reservation is not None:  # another thread may have been quicker
-            kept = torch.ops.r3d_kernels.conv3d_keep(weight, p.in_shape, p.stride, p.padding, p.dilation)
-        return weight, *rest, kept if kept is not None and kept.numel() else None, reservation
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        *parameters, kept, _ = pack
-        return torch.ops.r3d_kernels.conv3d_direct(
-            x, *parameters, residual, p.stride, p.padding, p.dilation, p.activation or "none", kept
-        )
-
-    def cycles(self, request: Request) -> float:
-        work = request.problem.macs_inside / (2 * _vector_lanes() * 0.9)
-        return work + self._bytes(request) / (2 * _BYTES_A_CYCLE)
-
-
-def _vector_lanes() -> int:
-    """float32 lanes of the vectors that our CPU kernels use."""
-    return {"scalar": 4, "avx2": 8}.get(describe()["isa"], 16)
-
-
-def _tile_inputs(m: int) -> int:
-    """Inputs that a Winograd tile with m outputs along an axis reads there."""
-    return 1 if m == 1 else m + 2
-
-
-class WinogradCpu(DirectCpu):
-    """Our C++ Winograd convolution for 3-tap kernels of stride 1 or 2 (csrc/cpu/winograd*): fewer multiplications.
-
-    Args:
-        tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
-        stride: along every axis.
-    """
-
-    def __init__(self, tile: tuple[int, int, int], stride: int = 1) -> None:
-        self.tile = tile
-        self.stride = stride
-        self.name = f"winograd F({','.join(map(str, tile))})" + (f" s{stride}" if stride > 1 else "")
-
-    def can_run(self, request: Request) -> str | None:
-        why_not = super().can_run(request)
-        if why_not is not None:
-            return why_not
-        p = request.problem
-        if p.kernel != tuple(1 if m == 1 else 3 for m in self.tile):
-            return f"the tile is not for kernel {p.kernel}"
-        if p.stride != (self.stride,) * 3 or p.dilation != (1, 1, 1):
-            return f"needs stride {self.stride} and dilation 1"
-        if fp32_mode() == "strict" and request.dtype == torch.float32:
-            if 4 in self.tile:
-                return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
-            if self._edge(p):
-                return "two planes in three products are outside R3D_KERNELS_FP32=strict"
-        return None
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        return torch.ops.r3d_kernels.conv3d_winograd(
-            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile
-        )
-
-    def work(self, request: Request) -> Work:
-        p = request.problem
-        return Work(self._tiles(p) * self._points(p) * p.c * p.k, p.bytes(request.dtype), torch.float32)
-
-    def _points(self, p: ConvProblem) -> int:
-        """Products of a tile, for each pair of channels."""
-        along = [_tile_inputs(m) if self.stride == 1 else 2 * m + 1 for m in self.tile]
-        return math.prod(along) * 3 // 4 if self._edge(p) else math.prod(along)
-
-    def _filters(self, p: ConvProblem) -> int:
-        """Transformed weights for each pair of channels: all products that a stride skips share one."""
-        filters = math.prod(map(_tile_inputs, self.tile))
-        return filters * 3 // 4 if self._edge(p) else filters
-
-    def _edge(self, p: ConvProblem) -> bool:
-        """Two planes of depth with padding around them take three products instead of four (csrc/cpu/winograd.h)."""
-        return self.tile[0] == 2 and self.stride == 1 and (p.d, p.kernel[0], p.padding[0]) == (2, 3, 1)
-
-    def _tiles(self, p: ConvProblem) -> int:
-        return p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
-
-    def cycles(self, request: Request) -> float:
-        p, lanes = request.problem, _vector_lanes()
-        tiles = self._tiles(p)
-        points = self._points(p)
-        transforms = 10 * points * tiles * (p.c + p.k) + 6 * self._filters(p) * p.c * p.k
-        weights = math.prod(p.kernel) * p.c * p.k * request.dtype.itemsize / _BYTES_A_CYCLE
-        return tiles * points * p.c * p.k / (2 * lanes) + transforms / lanes + weights
-
-
-class AmxCpu(DirectCpu):
-    """Our C++ implicit GEMM on matrix tiles (csrc/cpu/tiles*): reads the parameter itself, nothing is packed.
-
-    float32 is split into three bfloat16 slices whose six products keep its accuracy. Two slices (three products, error
-    about 4e-6) with `torch.set_float32_matmul_precision("high")`, one with "medium".
-
-    Args:
-        tile: outputs of a Winograd tile along depth and height; 1 elsewhere.
-    """
-
-    def __init__(self, tile: tuple[int, int, int]) -> None:
-        self.tile = tile
-        self.name = "AMX" if tile == (1, 1, 1) else f"AMX F({','.join(map(str, tile))})"
-
-    def can_run(self, request: Request) -> str | None:
-        why_not = super().can_run(request)
-        if why_not is not None:
-            return why_not
-        if describe()["isa"] != "amx":
-            return "this processor has no AMX tiles, or R3D_KERNELS_ISA leaves them out"
-        p = request.problem
-        if math.prod(p.kernel) > 1024:
-            return f"takes kernels of at most 1024 taps, got {p.kernel}"
-        for m, kernel, stride, dilation in zip(self.tile, p.kernel, p.stride, p.dilation, strict=True):
-            if m > 1 and (kernel, stride, dilation) != (3, 1, 1):
-                return f"the tile is not for kernel {p.kernel}, stride {p.stride}, dilation {p.dilation}"
-        if self.tile != (1, 1, 1):
-            if max(p.kernel[:2]) > 3:
-                return f"the tile is not for kernel {p.kernel}"
-            if request.dtype == torch.bfloat16:
-                return "transformed values would be rounded to bfloat16"
-            if self._slices(request) == 1:
-                return "tiles are for float32 accuracy"
-            if 4 in self.tile and fp32_mode() == "strict":
-                return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
-        return None
-
-    @staticmethod
-    def _slices(request: Request) -> int:
-        if request.dtype == torch.bfloat16:
-            return 1
-        if fp32_mode() == "strict":
-            return 3
-        return {"high": 2, "medium": 1}.get(torch.get_float32_matmul_precision(), 3)
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        return torch.ops.r3d_kernels.conv3d_tiles(
-            x,
-            *pack,
-            residual,
-            p.stride,
-            p.padding,
-            p.dilation,
-            p.activation or "none",
-            self._slices(request),
-            self.tile,
-        )
-
-    def work(self, request: Request) -> Work:
-        p, slices = request.problem, self._slices(request)
-        points = math.prod(map(_tile_inputs, self.tile))
-        kernel = math.prod(1 if m > 1 else k for m, k in zip(self.tile, p.kernel, strict=True))
-        outputs = p.n * math.prod(-(-size // m) for size, m in zip(p.out_size, self.tile, strict=True))
-        macs = p.macs_inside if points == 1 else outputs * points * kernel * p.c * p.k
-        return Work(macs * slices * (slices + 1) // 2, p.bytes(request.dtype), torch.bfloat16)
-
-    def cycles(self, request: Request) -> float:
-        p, slices = request.problem, self._slices(request)
-        products = slices * (slices + 1) / 2
-        points = math.prod(map(_tile_inputs, self.tile))
-        saved = math.prod(3 if m > 1 else 1 for m in self.tile) * math.prod(
-            size / -(-size // m) for m, size in zip(self.tile, p.out_size, strict=True)
-        ) / points  # fmt: skip
-        steps = -(-p.c // 32) * 32 / p.c if p.c >= 32 or p.kernel[2] == 1 else 1.3
-        products_of_all = p.macs * steps / saved * products / (512 * 0.6)
-        spread = p.c * p.k * math.prod(p.kernel) * points / math.prod(3 if m > 1 else 1 for m in self.tile)
-        pixels = p.n * p.c * p.d * p.h * p.w
-        blocks = max(1.0, pixels * slices * 2 / 2**19)
-        transformed = pixels * slices * points / math.prod(self.tile)
-        return products_of_all + blocks * spread * (0.3 + 0.2 * slices) + transformed
-
-
-_STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
-# More than 3.3e-6, a third of what the logits of a whole network may have, or no faster than a finer one.
-_COARSE_STEMS = {(3, 4): (8,), (4, 4): (8,), (7, 4): (6,)}  # by taps and rows
-_STRICT_STEMS = {3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}  # 7x7 and larger, whose stock error is larger too
-
-
-class StemCpu(DirectCpu):
-    """Our C++ convolution for stems (csrc/cpu/stem*): Toom-Cook along depth and height; reads the parameter.
-
-    Args:
-        tile: output frames that share their multiplications.
-        rows: output rows that do: 1, or 4 for kernels of 7 with a stride of 2 along height.
-    """
-
-    def __init__(self, tile: int, rows: int = 1) -> None:
-        self.tile, self.rows = tile, rows
-        self.name = f"stem F({tile})" if rows == 1 else f"stem F({tile},{rows})"
-
-    def can_run(self, request: Request) -> str | None:
-        why_not = super().can_run(request)
-        if why_not is not None:
-            return why_not
-        p = request.problem
-        if p.c > 4:
-            return f"is for stems of at most 4 input channels, got {p.c}"
-        if p.dilation != (1, 1, 1):
-            return "needs dilation 1"
-        if p.stride[0] > 2:
-            return f"needs a stride of 1 or 2 along depth, got {p.stride[0]}"
-        if p.kernel[0] > 7 or self._taps(p) < 3:
-            return f"is not for kernel {p.kernel} with stride {p.stride}"
-        if self.tile not in _STEM_TILES[self._taps(p)]:
-            return f"the tile is not for {self._taps(p)} taps along depth"
-        if self.rows > 1 and (p.kernel[1], p.stride[1]) != (7, 2):
-            return "needs a kernel of 7 with a stride of 2 along height"
-        if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
-            return "the tile is outside R3D_KERNELS_FP32=strict"
-        coarse = self.tile in _COARSE_STEMS.get((self._taps(p), self.rows), ())
-        if request.dtype == torch.float32 and coarse and torch.get_float32_matmul_precision() == "highest":
-            return "the tile is for float32_matmul_precision 'high' or 'medium'"
-        return None
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        return torch.ops.r3d_kernels.conv3d_stem(
-            x, *pack, residual, p.stride, p.padding, p.activation or "none", self.tile, self.rows
-        )
-
-    @staticmethod
-    def _taps(p: ConvProblem) -> int:
-        return -(-p.kernel[0] // p.stride[0])  # the frames that a stride skips are taken for channels
-
-    def _exact(self, p: ConvProblem) -> bool:
-        """Within twice the error of the stock layer."""
-        if self.rows > 1:
-            return False
-        if p.kernel[1] * p.kernel[2] < 49:
-            return (self.tile, self._taps(p)) == (2, 3)
-        return self.tile in _STRICT_STEMS.get(self._taps(p), ())
-
-    def _products(self, p: ConvProblem) -> int:
-        """Pairs of an input and a filter point for all pixels of one channel."""
-        frames = -(-p.out_size[0] // self.tile) * (self.tile + self._taps(p) - 1)
-        # Seven rows of stride 2 are 4 taps and 3.
-        rows = p.out_size[1] if self.rows == 1 else -(-p.out_size[1] // self.rows) * (2 * self.rows + 5)
-        return p.n * frames * rows * p.out_size[2]
-
-    def _steps(self, p: ConvProblem) -> int:
-        """Multiplications of a product."""
-        return p.c * p.stride[0] * p.kernel[2] * (p.kernel[1] if self.rows == 1 else 1)
-
-    def work(self, request: Request) -> Work:
-        p = request.problem
-        macs = self._products(p) * p.k * self._steps(p)
-        return Work(macs, p.bytes(request.dtype), torch.float32)
-
-    def cycles(self, request: Request) -> float:
-        p, lanes = request.problem, _vector_lanes()
-        columns = -(-p.k // lanes) * lanes
-        products = self._products(p) * columns * self._steps(p) / (2 * lanes * 0.9)
-        points = self.tile + self._taps(p) - 1
-        weights = (
-            points * self._taps(p) * p.c * p.stride[0] * p.kernel[1] * p.kernel[2] * columns
-        )  # in float64
-        transformed = self._products(p) * ((4 if self.rows == 1 else 8) * columns + 8 * p.c) / lanes
-        return products + transformed + weights
-
-
 class OneDnn:
     """oneDNN's fused convolution as torch ships it, with prepacked weights (a private API of torch: probed first)."""
 
@@ -615,11 +164,11 @@ class OneDnn:
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         geometry = (p.padding, p.stride, p.dilation, p.groups)
-        x = _channels_last(x)
+        x = channels_last(x)
         if residual is None:
             act = p.activation or "none"
             return torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, act, [], None)
-        residual = _channels_last(residual)
+        residual = channels_last(residual)
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, *pack, *geometry, "add", 1.0, p.activation, [], None
         )
@@ -651,7 +200,7 @@ class CudnnBnAct:
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         weight, scale, shift = pack
-        y = F.conv3d(_channels_last(x), weight, None, p.stride, p.padding, p.dilation, p.groups)
+        y = F.conv3d(channels_last(x), weight, None, p.stride, p.padding, p.dilation, p.groups)
         return torch.ops.r3d_kernels.bn_act(y, scale, shift, residual, p.activation or "none")
 
 
@@ -699,17 +248,8 @@ def _onednn_ops() -> bool:
 
 
 # In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
-_TILES = ((2, 2, 2), (2, 4, 4), (4, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
-_STRIDED_TILES = ((2, 2, 2), (4, 2, 2))
-_AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
 KERNELS: list[Kernel] = [
-    DirectCpu(),
-    KeptCpu(),
-    *map(WinogradCpu, _TILES),
-    *(WinogradCpu(tile, stride=2) for tile in _STRIDED_TILES),
-    *map(AmxCpu, _AMX_TILES),
-    *map(StemCpu, (2, 4, 6, 8)),
-    *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),
+    *CPU_KERNELS,
     OneDnn(),
     Sm90Cuda(),
     *map(Sm90Cuda, range(len(SM90_TILES))),
@@ -718,27 +258,6 @@ KERNELS: list[Kernel] = [
     TritonConv3d(),
     Stock(),
 ]
-
-
-def fp32_mode() -> str:
-    """ "default", or "strict" (R3D_KERNELS_FP32): only kernels within twice the stock layer's own error."""
-    mode = os.environ.get("R3D_KERNELS_FP32") or "default"
-    if mode not in ("default", "strict"):
-        raise ValueError(f"R3D_KERNELS_FP32: expected 'default' or 'strict', got {mode!r}")
-    return mode
-
-
-def memory_mode() -> str:
-    """ "lean", or "fast" (R3D_KERNELS_MEMORY): a copy of large weights for every gain, however small."""
-    mode = os.environ.get("R3D_KERNELS_MEMORY") or "lean"
-    if mode not in ("lean", "fast"):
-        raise ValueError(f"R3D_KERNELS_MEMORY: expected 'lean' or 'fast', got {mode!r}")
-    return mode
-
-
-def settings() -> tuple[str, str, str]:
-    """What a layer's choice of kernel depends on beside the request: `fp32_mode`, torch's own switch, `memory_mode`."""
-    return fp32_mode(), torch.get_float32_matmul_precision(), memory_mode()
 
 
 @cache
@@ -798,20 +317,28 @@ class Choice:
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)
     measured_now: bool = False
+    look_again: float | None = None  # from when on (time.monotonic) close rivals are to be measured once more
+
+    def doubtful(self) -> bool:
+        """Whether to choose again now."""
+        return self.look_again is not None and time.monotonic() >= self.look_again
 
 
 # How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
 _WORTH_A_COPY = 3.0
-_WORTH_KEEPING = 1.05  # copies of which a process has a fixed number of bytes
+_WORTH_KEEPING = 1.02  # copies of which a process has a fixed number of bytes
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
 _MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
 _SURELY_SLOWER = 1.3  # stock layers measured on a piece and this far behind are out
-_SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 1 << 20  # bytes that nobody minds
+_SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 8 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
 _BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
+_CLOSE = 1.3  # rivals within this factor may have lost by the machine's changing speed
+_LATER = 2.0  # seconds after which its speed may be another
 _THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
+_looked: dict[tuple[str, str], float] = {}  # when this process measured what it is to measure again
 
 
 def synchronize(device: torch.device) -> None:
@@ -1001,12 +528,12 @@ def _price_of_memory(kernel: Kernel, request: Request) -> float:
     if memory_mode() == "fast":
         return 1.0
     p, size = request.problem, request.dtype.itemsize
-    price = _WORTH_KEEPING if getattr(kernel, "keeps", False) else 1.0
-    if (
-        getattr(kernel, "copies_weights", False)
-        and p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY
-    ):
-        price *= _WORTH_A_COPY
+    price = 1.0
+    if p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY:
+        if getattr(kernel, "keeps", False):
+            price = _WORTH_KEEPING
+        if getattr(kernel, "copies_weights", False):
+            price = _WORTH_A_COPY
     if (
         not isinstance(kernel, DirectCpu)
         and request.device.type == "cpu"
@@ -1025,6 +552,15 @@ def _winner(able: list[Kernel], seconds: dict[str, float], request: Request) -> 
 
     least = min(cost(k) for k in able)
     return next(k for k in able if cost(k) <= least * _MARGIN)
+
+
+def _close(able: list[Kernel], seconds: dict[str, float], request: Request) -> list[Kernel]:
+    """The kernels whose order a second measurement may change; none where that is not worth it."""
+    if request.device.type != "cpu":
+        return []
+    limit = _CLOSE * min(seconds[k.name] for k in able)
+    close = [k for k in able if seconds[k.name] <= limit]
+    return close if len(close) > 1 else []
 
 
 def _fails(kernel: Kernel, packed: Any, x: Tensor, residual: Tensor | None, request: Request) -> str | None:
@@ -1063,13 +599,14 @@ def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:
     """What an earlier measurement of the same candidates chose."""
     if not tuning.enabled() or len(able) < 2 or request.problem.n == 0 or asked != "auto":
         return None
-    return _remembered(tuning.shared.get(*cache_key(request, asked)), able, request)
+    return _remembered(*cache_key(request, asked), able, request)
 
 
 def _remembered(
-    known: dict[str, Any] | None, able: list[Kernel], request: Request, note: str = ""
+    machine: str, key: str, able: list[Kernel], request: Request, note: str = ""
 ) -> Choice | None:
     """The choice from measurements of all that are able, perhaps among others."""
+    known = tuning.shared.get(machine, key)
     names = {k.name for k in able}
     if known is None or not names <= set(known["seconds"]):
         return None
@@ -1080,7 +617,8 @@ def _remembered(
         kernel = _winner(able, seconds, request)
     if kernel is None:
         return None
-    return Choice(kernel, f"measured earlier: {_why(kernel.name, seconds)}{note}", seconds)
+    again = _looked.get((machine, key), -_LATER) + _LATER if known.get("again") else None
+    return Choice(kernel, f"measured earlier: {_why(kernel.name, seconds)}{note}", seconds, look_again=again)
 
 
 def choose(
@@ -1114,8 +652,10 @@ def choose(
 
     if (known := _known(request, asked, able)) is not None:
         if not fails(known.kernel):
-            return known
-        able.remove(known.kernel)
+            if not known.doubtful():
+                return known
+        else:
+            able.remove(known.kernel)
     able = [k for k in able if not fails(k)]
     able = able or [k for k in KERNELS if k.name == "stock"]
     note = (
@@ -1135,12 +675,28 @@ def choose(
 
     machine, key = cache_key(request, asked)
     with _measuring:
-        if (known := _remembered(tuning.shared.get(machine, key), able, request, note)) is not None:
+        known = _remembered(machine, key, able, request, note)
+        if known is not None and not known.doubtful():
             return known
-        seconds = _measure(able, _Packs(able, packed), x, residual, request)
-        winner = _winner([k for k in able if k.name in seconds], seconds, request)
-        tuning.shared.put(machine, key, winner.name, seconds)
-    return Choice(winner, f"measured: {_why(winner.name, seconds)}{note}", seconds, measured_now=True)
+        if known is None:
+            seconds = _measure(able, _Packs(able, packed), x, residual, request)
+        else:
+            seconds = dict(tuning.shared.get(machine, key)["seconds"])
+            if rivals := _close(able, seconds, request):
+                second = _measure(rivals, _Packs(rivals, packed), x, residual, request)
+                seconds |= {name: min(taken, seconds[name]) for name, taken in second.items()}
+        able = [k for k in able if k.name in seconds]
+        winner = _winner(able, seconds, request)
+        again = None
+        if known is not None:
+            _looked.pop((machine, key), None)
+        elif _close(able, seconds, request):
+            _looked[machine, key] = time.monotonic()
+            again = _looked[machine, key] + _LATER
+        tuning.shared.put(machine, key, winner.name, seconds, again=again is not None)
+        seconds = {k.name: seconds[k.name] for k in able}
+    reason = f"measured: {_why(winner.name, seconds)}{note}"
+    return Choice(winner, reason, seconds, measured_now=True, look_again=again)
 
 
 def _why(name: str, seconds: dict[str, float]) -> str:
@@ -1224,47 +780,3 @@ def _full_name(kernel: Kernel) -> str:
         return kernel.name
     isa = describe()["isa"]
     return f"{kernel.name} {'avx512' if isa in ('avx512_bf16', 'amx') else isa}"
-
-
-_CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512dq",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-)
-
-
-def _compiled() -> Iterator[tuple[str, str]]:
-    if _extension.error is None:
-        for line in torch.ops.r3d_kernels.describe().splitlines():
-            key, _, value = line.partition("=")
-            yield key, value
-
-
-def describe() -> dict[str, Any]:
-    """What was compiled and what is used here.
-
-    Keys: extension (path or None), error (why it could not be loaded, or None), isa, best_isa, isa_features, compiler,
-    torch_built_with, cuda_compiled, cuda_toolkit, cuda_archs, threads, machine, tuning_cache.
-    """
-    facts = dict(_compiled())
-    return {
-        "extension": str(_extension.path) if _extension.path else None,
-        "error": str(_extension.error) if _extension.error else None,
-        "isa": facts.get("isa", "none"),
-        "best_isa": facts.get("best_isa", "none"),
-        "isa_features": [f for f in _CPU_FEATURES if f in _cpu.cpu_flags()],
-        "compiler": facts.get("compiler"),
-        "torch_built_with": facts.get("torch"),
-        "cuda_compiled": facts.get("cuda_compiled") == "1",
-        "cuda_toolkit": facts.get("cuda") or None,
-        "cuda_archs": [a for a in facts.get("archs", "").replace(",", ";").split(";") if a],
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "tuning_cache": str(tuning.cache_path()),
-    }

@@ -167,16 +167,26 @@ class TuningCache:
             self._unsaved.clear()
 
     def get(self, machine: str, problem: str) -> dict | None:
-        """{"kernel": name, "seconds": {name: best}} or None."""
+        """{"kernel": name, "seconds": {name: best}}, with "again": True where `put` said so; or None."""
         with self._lock:
             self._load()
             return self._entries.get(machine, {}).get(problem)
 
-    def put(self, machine: str, problem: str, kernel: str, seconds: dict[str, float]) -> None:
-        """Remembers a measurement, in memory at once and on disk where that is possible."""
+    def put(
+        self, machine: str, problem: str, kernel: str, seconds: dict[str, float], again: bool = False
+    ) -> None:
+        """Remembers a measurement, in memory at once and on disk where that is possible.
+
+        Args:
+            machine, problem: the key of the entry.
+            kernel: the winner.
+            seconds: the best time of each kernel.
+            again: whether close rivals should be measured once more.
+        """
         with self._lock:
             self._load()
-            self._entries.setdefault(machine, {})[problem] = {"kernel": kernel, "seconds": seconds}
+            entry = {"kernel": kernel, "seconds": seconds} | ({"again": True} if again else {})
+            self._entries.setdefault(machine, {})[problem] = entry
             self._unsaved.add((machine, problem))
             # A read-only or full disk must not stop a forward pass.
             with contextlib.suppress(OSError):

@@ -103,8 +103,8 @@ def test_batches_keep_weights_only_where_memory_does_not_matter(monkeypatch) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n1c64d3h7w7k64f3p1", "128 output pixels, got 147"),
-        ("n0c64d1h4w4k64f3p1", "128 output pixels, got 0"),
+        ("n1c64d3h19w19k64f3p1", "1024 output pixels, got 1083"),
+        ("n0c64d1h4w4k64f3p1", "1024 output pixels, got 0"),
         ("n1c3d2h7w7k64f7p3", "at most 32 taps"),
         ("n1c64d1h4w4k64f3p1g2", "groups=1 only"),
     ],

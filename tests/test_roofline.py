@@ -16,7 +16,7 @@ import measure
 import peak
 import roofline
 
-from r3d_kernels import backends
+from r3d_kernels import _cpu_kernels, backends
 from r3d_kernels.problems import ConvProblem
 
 QUICK = ("--rounds", "3", "--seconds", "0", "--peak-seconds", "0", "--threads", "1")
@@ -77,7 +77,7 @@ def test_work_of_a_direct_kernel_leaves_the_padding_out() -> None:
 )
 def test_work_of_winograd(tile: tuple[int, int, int], text: str, saving: float) -> None:
     r = request(text)
-    kernel = backends.WinogradCpu(tile, r.problem.stride[0])
+    kernel = _cpu_kernels.WinogradCpu(tile, r.problem.stride[0])
     macs, moved, _ = backends.work(kernel, r)
     assert r.problem.macs / macs == saving
     assert moved == r.problem.bytes()  # the parameter is read, what becomes of it stays in the caches

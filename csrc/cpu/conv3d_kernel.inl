@@ -615,8 +615,7 @@ struct Direct {
   // Many pixels, few weights: all weights are turned first, as they would be packed. Where they are too many,
   // some output channels after others.
   void run_turned(const Weights& weights) {
-    const int64_t panel_width = kPanelVectors * V::kLanes, lanes = V::kLanes;
-    const int64_t padded = (g.k + lanes - 1) / lanes * lanes;
+    const int64_t panel_width = kPanelVectors * V::kLanes, padded = padded_channels();
     int64_t width = kMostTurned / (4 * steps) / panel_width * panel_width;  // channels at a time
     width = width < panel_width ? panel_width : width > padded ? padded : width;
     struct Memory {
@@ -624,35 +623,43 @@ struct Direct {
       ~Memory() { give_back(at); }
     } memory{take(4 * steps * width)};
     payload = static_cast<const char*>(memory.at);
-    const bool whole_steps = g.c % Math::kStep == 0;
     for (int64_t ka = 0; ka < g.k; ka += width) {
-      const int64_t end = padded - ka < width ? padded : ka + width, columns = (end - ka) / lanes;
-      // tasks: (16 channels of input and all taps, one vector of output channels), or a chunk where pairs of
-      // input channels lie in different taps
-      const int64_t pieces = whole_steps ? (g.c + 15) / 16 : chunk_count;
-      parallel_for(pieces * columns, 1, [&](int64_t begin, int64_t stop) {
-        for (int64_t task = begin; task < stop; ++task) {
-          const int64_t k = ka + task / pieces * lanes, piece = task % pieces;
-          const int64_t k0 = ka + (k - ka) / panel_width * panel_width;
-          const int64_t panel = end - k0 < panel_width ? end - k0 : panel_width;
-          float* to = static_cast<float*>(memory.at) + (k0 - ka) * steps + (k - k0);
-          if (whole_steps) {
-            const int64_t c0 = piece * 16, c1 = g.c - c0 < 16 ? g.c : c0 + 16;
-            weights.turn(k, c0, c1, 0, weights.taps, to + c0 / Math::kStep * panel, g.c / Math::kStep * panel,
-                         panel);
-          } else {
-            const Chunk& chunk = chunks[piece];
-            T* words = reinterpret_cast<T*>(to + chunk.packed * panel);
-            for (int64_t e = 0; e < chunk.steps * Math::kStep; ++e)
-              for (int64_t j = 0; j < lanes; ++j)
-                words[(e / Math::kStep * panel + j) * Math::kStep + e % Math::kStep] =
-                    weights.element(chunk, e, k + j, g.kernel.h, g.kernel.w);
-          }
-        }
-      });
+      const int64_t end = padded - ka < width ? padded : ka + width;
+      turn(weights, ka, end, static_cast<float*>(memory.at));
       first_k = ka;
       run(ka, end < g.k ? end : g.k);
     }
+  }
+
+  int64_t padded_channels() const { return (g.k + V::kLanes - 1) / V::kLanes * V::kLanes; }
+
+  // The weights of output channels [ka, end), panel after panel, as run() reads them; ka starts a panel.
+  void turn(const Weights& weights, int64_t ka, int64_t end, float* out) const {
+    const int64_t panel_width = kPanelVectors * V::kLanes, lanes = V::kLanes, columns = (end - ka) / lanes;
+    const bool whole_steps = g.c % Math::kStep == 0;
+    // tasks: (16 channels of input and all taps, one vector of output channels), or a chunk where pairs of
+    // input channels lie in different taps
+    const int64_t pieces = whole_steps ? (g.c + 15) / 16 : chunk_count;
+    parallel_for(pieces * columns, 1, [&](int64_t begin, int64_t stop) {
+      for (int64_t task = begin; task < stop; ++task) {
+        const int64_t k = ka + task / pieces * lanes, piece = task % pieces;
+        const int64_t k0 = ka + (k - ka) / panel_width * panel_width;
+        const int64_t panel = end - k0 < panel_width ? end - k0 : panel_width;
+        float* to = out + (k0 - ka) * steps + (k - k0);
+        if (whole_steps) {
+          const int64_t c0 = piece * 16, c1 = g.c - c0 < 16 ? g.c : c0 + 16;
+          weights.turn(k, c0, c1, 0, weights.taps, to + c0 / Math::kStep * panel, g.c / Math::kStep * panel,
+                       panel);
+        } else {
+          const Chunk& chunk = chunks[piece];
+          T* words = reinterpret_cast<T*>(to + chunk.packed * panel);
+          for (int64_t e = 0; e < chunk.steps * Math::kStep; ++e)
+            for (int64_t j = 0; j < lanes; ++j)
+              words[(e / Math::kStep * panel + j) * Math::kStep + e % Math::kStep] =
+                  weights.element(chunk, e, k + j, g.kernel.h, g.kernel.w);
+        }
+      }
+    });
   }
 
   // Input channels that are turned and multiplied at a time; 0 where chunks of all taps would be too short.
@@ -882,15 +889,17 @@ struct Direct {
   // be kept.
   int64_t keep(const DirectArgs& a, int max_chunk, void* out) const {
     const Weights weights = weights_of(a);
-    const int64_t channels = channels_of_chunk(max_chunk), lanes = V::kLanes;
-    if (!channels || g.pixels() > kFewPixels || g.kernel.d > kMostKeptPlanes) return 0;
+    const int64_t channels = channels_of_chunk(max_chunk), lanes = V::kLanes,
+                  vectors = padded_channels() / lanes;
+    const bool few = channels && g.pixels() <= kFewPixels;
+    if (!kSameType || (few && g.kernel.d > kMostKeptPlanes)) return 0;
     int64_t planes[kMostKeptPlanes];
     Turning t{channels, g.kernel.h * g.kernel.w, 0, planes};
-    t.live = live_planes(planes);
-    const int64_t vectors = (g.k + lanes - 1) / lanes;
-    const int64_t panels = panels_of(vectors, kPanelVectors, 1);
+    const int64_t panels = few ? panels_of(vectors, kPanelVectors, 1) : 0;
+    if (few) t.live = live_planes(planes);
     KeptHeader header{};
-    header.bytes = static_cast<int64_t>(sizeof header) + 4 * t.before_panel(g.c, panels, vectors * lanes);
+    header.bytes = static_cast<int64_t>(sizeof header) +
+                   4 * (few ? t.before_panel(g.c, panels, vectors * lanes) : vectors * lanes * steps);
     if (!out) return header.bytes;
     __builtin_memset(out, 0,
                      static_cast<std::size_t>(header.bytes));  // the gaps, too: the same bytes every time
@@ -898,17 +907,20 @@ struct Direct {
     header.panels = static_cast<int32_t>(panels);
     header.geometry = g;
     __builtin_memcpy(out, &header, sizeof header);
-    float* payload = reinterpret_cast<float*>(static_cast<char*>(out) + sizeof header);
-    if constexpr (kSameType)
+    float* to = reinterpret_cast<float*>(static_cast<char*>(out) + sizeof header);
+    if (!few) {
+      turn(weights, 0, vectors * lanes, to);
+    } else if constexpr (kSameType) {
       parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
           const int64_t from = vectors * panel / panels, width = vectors * (panel + 1) / panels - from;
           for (int64_t c0 = 0; c0 < g.c; c0 += channels)
             turn_chunk(weights, t, from * lanes, 0, static_cast<int>(width), c0,
                        g.c - c0 < channels ? g.c : c0 + channels,
-                       payload + t.before_panel(g.c, panel, from * lanes) + t.before(c0, width * lanes));
+                       to + t.before_panel(g.c, panel, from * lanes) + t.before(c0, width * lanes));
         }
       });
+    }
     return header.bytes;
   }
 
@@ -923,8 +935,13 @@ struct Direct {
   void run_parameter(const DirectArgs& a, int max_chunk) {
     const Weights weights = weights_of(a);
     const int64_t channels = channels_of_chunk(max_chunk);
-    if constexpr (kSameType)
+    if constexpr (kSameType) {
       if (channels && g.pixels() <= kFewPixels) return run_turning(weights, channels, a.kept);
+      if (a.kept) {
+        payload = static_cast<const char*>(a.kept) + sizeof(KeptHeader);
+        return run(0, g.k);
+      }
+    }
     run_turned(weights);
   }
 };
@@ -958,6 +975,7 @@ void run_parameter(const DirectArgs& args, const Chunk* chunks, int chunk_count,
 
 // The bytes that `keep` of these arguments takes, and where `out` is not null their turned weights.
 template <class V, class Math, class T>
-int64_t keep_parameter(const DirectArgs& args, int max_chunk, void* out) {
-  return direct_of<V, Math, T>(args.conv, nullptr, 0, 0, max_chunk).keep(args, max_chunk, out);
+int64_t keep_parameter(const DirectArgs& args, const Chunk* chunks, int chunk_count, int64_t steps,
+                       int max_chunk, void* out) {
+  return direct_of<V, Math, T>(args.conv, chunks, chunk_count, steps, max_chunk).keep(args, max_chunk, out);
 }

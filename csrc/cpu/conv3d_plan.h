@@ -71,11 +71,11 @@ struct DirectArgs {
 };
 void conv3d_direct(const DirectArgs& args);
 
-// Weights that were turned once for layers of few pixels, without the planes of taps that only meet padding.
+// Weights that were turned once; for layers of few pixels without the planes of taps that only meet padding.
 struct KeptHeader {
   uint32_t magic;
   int32_t isa, dot;
-  int32_t panels;
+  int32_t panels;  // 0: all weights, as for many pixels
   int64_t bytes;
   ConvGeometry geometry;
   int64_t reserved[32 - 3 - sizeof(ConvGeometry) / 8];

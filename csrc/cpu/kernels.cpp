@@ -53,12 +53,15 @@ int64_t keep_weights(const DirectArgs& args, void* out) {
   const ConvGeometry& g = args.conv.g;
   if (g.pixels() == 0 || g.k == 0) return 0;
   const KernelTraits traits = kernel_traits(active_isa(), args.conv.dtype);
+  const std::vector<Chunk> chunks = plan_chunks(g.c, g.kernel, traits);
+  const int count = static_cast<int>(chunks.size());
+  const int64_t steps = plan_steps(chunks);
   int64_t bytes = 0;
 #if R3D_X86
-  if (traits.dot) bytes = keep_dot_avx512_bf16(args, traits.chunk, out);
+  if (traits.dot) bytes = keep_dot_avx512_bf16(args, chunks.data(), count, steps, traits.chunk, out);
 #endif
   if (!traits.dot && args.conv.dtype == DType::kFloat32)
-    bytes = kernels(traits.isa).keep_f32(args, traits.chunk, out);
+    bytes = kernels(traits.isa).keep_f32(args, chunks.data(), count, steps, traits.chunk, out);
   if (bytes && out) {
     static_cast<KeptHeader*>(out)->isa = static_cast<int32_t>(traits.isa);
     static_cast<KeptHeader*>(out)->dot = traits.dot;

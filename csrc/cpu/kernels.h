@@ -35,7 +35,7 @@ struct Kernels {
   void (*conv3d_bf16)(const ConvArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
   void (*direct_f32)(const DirectArgs&, const Chunk*, int, int64_t, int);
   void (*direct_bf16)(const DirectArgs&, const Chunk*, int, int64_t, int);  // float32 arithmetic
-  int64_t (*keep_f32)(const DirectArgs&, int, void*);
+  int64_t (*keep_f32)(const DirectArgs&, const Chunk*, int, int64_t, int, void*);
   void (*winograd)(const WinogradArgs&);  // float32 arithmetic
   void (*stem)(const StemArgs&);
   void (*max_pool3d)(const PoolArgs&);
@@ -49,7 +49,7 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 void conv3d_dot_avx512_bf16(const ConvArgs&, const Chunk*, int, int64_t, int);
 void direct_dot_avx512_bf16(const DirectArgs&, const Chunk*, int, int64_t, int);
-int64_t keep_dot_avx512_bf16(const DirectArgs&, int, void*);
+int64_t keep_dot_avx512_bf16(const DirectArgs&, const Chunk*, int, int64_t, int, void*);
 #endif
 
 const Kernels& kernels(Isa isa);

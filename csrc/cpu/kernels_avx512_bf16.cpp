@@ -126,8 +126,9 @@ void conv3d_dot(const ConvArgs& args, const Chunk* chunks, int count, int64_t st
 void direct_dot(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk) {
   run_parameter<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk);
 }
-int64_t keep_dot(const DirectArgs& args, int max_chunk, void* out) {
-  return keep_parameter<V, MathDot, uint16_t>(args, max_chunk, out);
+int64_t keep_dot(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps, int max_chunk,
+                 void* out) {
+  return keep_parameter<V, MathDot, uint16_t>(args, chunks, count, steps, max_chunk, out);
 }
 }  // namespace r3d::cpu::avx512_bf16
 R3D_TARGET_POP
@@ -141,8 +142,9 @@ void direct_dot_avx512_bf16(const DirectArgs& args, const Chunk* chunks, int cou
                             int max_chunk) {
   avx512_bf16::direct_dot(args, chunks, count, steps, max_chunk);
 }
-int64_t keep_dot_avx512_bf16(const DirectArgs& args, int max_chunk, void* out) {
-  return avx512_bf16::keep_dot(args, max_chunk, out);
+int64_t keep_dot_avx512_bf16(const DirectArgs& args, const Chunk* chunks, int count, int64_t steps,
+                             int max_chunk, void* out) {
+  return avx512_bf16::keep_dot(args, chunks, count, steps, max_chunk, out);
 }
 }  // namespace r3d::cpu
 #endif

@@ -13,7 +13,7 @@ from torch import Tensor
 from r3d_kernels.triton import config as configs
 
 if TYPE_CHECKING:
-    from r3d_kernels.backends import Layer, Request
+    from r3d_kernels._kernel import Layer, Request
 
 __all__ = ["TritonConv3d"]
 

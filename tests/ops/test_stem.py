@@ -14,7 +14,7 @@ from strategies import problem_strategy
 from torch import Tensor
 
 import r3d_kernels as r3d
-from r3d_kernels import backends, ops
+from r3d_kernels import _cpu_kernels, backends, ops
 from r3d_kernels.problems import ConvProblem
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -82,7 +82,7 @@ def tiles_of(p: ConvProblem) -> tuple[int, ...]:
 
 
 def coarse(p: ConvProblem, tile: int, row_tile: int) -> bool:
-    return tile in backends._COARSE_STEMS.get((-(-p.kernel[0] // p.stride[0]), row_tile), ())
+    return tile in _cpu_kernels._COARSE_STEMS.get((-(-p.kernel[0] // p.stride[0]), row_tile), ())
 
 
 def rows_of(p: ConvProblem) -> tuple[int, ...]:
@@ -200,8 +200,8 @@ def test_error(kernel: int, stride: int, tile: int, kind: str) -> None:
         for row_tile in ROWS:
             y, want, stock = run(x, weight, tile, row_tile=row_tile, **geometry)
             error = relative_error(y, want)
-            assert error < (9e-6 if tile in backends._COARSE_STEMS.get((taps, row_tile), ()) else 4.5e-6)
-            if row_tile == 1 and tile in backends._STRICT_STEMS.get(taps, ()):
+            assert error < (9e-6 if tile in _cpu_kernels._COARSE_STEMS.get((taps, row_tile), ()) else 4.5e-6)
+            if row_tile == 1 and tile in _cpu_kernels._STRICT_STEMS.get(taps, ()):
                 assert error <= 2 * relative_error(stock, want)
 
 

@@ -1,0 +1,178 @@
+"""What every kernel has in common: requests, layers, the work of a kernel, the user's settings, what was compiled."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from r3d_kernels import _cpu, _extension, _fold, tuning
+from r3d_kernels.problems import ConvProblem
+
+
+@dataclass(frozen=True)
+class Request:
+    """A fused convolution to be run: geometry and epilogue, the dtype it runs in, where, and with how many threads."""
+
+    problem: ConvProblem
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.problem} {dtype}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one layer as they are in the module, and batch norm as float64 scale and shift."""
+
+    weight: Tensor  # [K, C/groups, T, R, S]
+    conv_bias: Tensor | None  # [K]
+    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None  # mean, var, gamma, beta, eps
+    scale: Tensor | None  # float64 [K]
+    shift: Tensor  # float64 [K]
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+    ) -> Layer:
+        weight = weight.detach()
+        if norm is None:
+            scale, shift = _fold.identity(weight.shape[0], conv_bias, weight.device)
+        else:
+            scale, shift = _fold.scale_and_shift(*norm, conv_bias)
+        return cls(weight, conv_bias, norm, scale, shift)
+
+    def folded_weight(self, dtype: torch.dtype) -> Tensor:
+        """weight * scale, multiplied in float64. [K, C/groups, T, R, S]"""
+        if self.scale is None:
+            return self.weight.to(dtype)
+        folded = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        scale = self.scale.view(-1, 1, 1, 1, 1)
+        for i in range(0, len(folded), 32):  # a float64 copy of all weights would be the peak of memory
+            folded[i : i + 32] = self.weight[i : i + 32].double() * scale[i : i + 32]
+        return folded
+
+
+class Kernel(Protocol):
+    """One way to run a fused convolution."""
+
+    name: str
+    backend: str
+
+    def can_run(self, request: Request) -> str | None:
+        """None, or why not."""
+
+    def pack_key(self, request: Request) -> Hashable:
+        """Requests with equal keys share their packed weights."""
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        """The weights as this kernel wants them."""
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        """act(conv(x) * scale + shift + residual), channels-last."""
+
+    # A kernel may also have
+    #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
+    #   private   tried before it may be chosen
+    #   compared  and held against the stock layers then
+    #   quiet     one more tile of another kernel: why it cannot run is not told
+
+
+class Work(NamedTuple):
+    """What a kernel has to do for a request, after what its algorithm saves."""
+
+    macs: int  # multiply-adds
+    bytes: int  # to and from memory
+    arithmetic: torch.dtype  # of the products: which of the processor's peaks is the limit
+
+
+def work(kernel: Kernel, request: Request) -> Work:
+    """The work of a kernel, for rooflines.
+
+    A kernel may tell through a method of this name. Else: a direct convolution without the taps that fall on padding,
+    and each input, weight and output once. The additions of Winograd's transforms are not counted.
+    """
+    tell = getattr(kernel, "work", None)
+    if tell is not None:
+        return tell(request)
+    return Work(request.problem.macs_inside, request.problem.bytes(request.dtype), request.dtype)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def fp32_mode() -> str:
+    """ "default", or "strict" (R3D_KERNELS_FP32): only kernels within twice the stock layer's own error."""
+    mode = os.environ.get("R3D_KERNELS_FP32") or "default"
+    if mode not in ("default", "strict"):
+        raise ValueError(f"R3D_KERNELS_FP32: expected 'default' or 'strict', got {mode!r}")
+    return mode
+
+
+def memory_mode() -> str:
+    """ "lean", or "fast" (R3D_KERNELS_MEMORY): a copy of large weights for every gain, however small."""
+    mode = os.environ.get("R3D_KERNELS_MEMORY") or "lean"
+    if mode not in ("lean", "fast"):
+        raise ValueError(f"R3D_KERNELS_MEMORY: expected 'lean' or 'fast', got {mode!r}")
+    return mode
+
+
+def settings() -> tuple[str, str, str]:
+    """What a layer's choice of kernel depends on beside the request: `fp32_mode`, torch's own switch, `memory_mode`."""
+    return fp32_mode(), torch.get_float32_matmul_precision(), memory_mode()
+
+
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+)
+
+
+def _compiled() -> Iterator[tuple[str, str]]:
+    if _extension.error is None:
+        for line in torch.ops.r3d_kernels.describe().splitlines():
+            key, _, value = line.partition("=")
+            yield key, value
+
+
+def describe() -> dict[str, Any]:
+    """What was compiled and what is used here.
+
+    Keys: extension (path or None), error (why it could not be loaded, or None), isa, best_isa, isa_features, compiler,
+    torch_built_with, cuda_compiled, cuda_toolkit, cuda_archs, threads, machine, tuning_cache.
+    """
+    facts = dict(_compiled())
+    return {
+        "extension": str(_extension.path) if _extension.path else None,
+        "error": str(_extension.error) if _extension.error else None,
+        "isa": facts.get("isa", "none"),
+        "best_isa": facts.get("best_isa", "none"),
+        "isa_features": [f for f in _CPU_FEATURES if f in _cpu.cpu_flags()],
+        "compiler": facts.get("compiler"),
+        "torch_built_with": facts.get("torch"),
+        "cuda_compiled": facts.get("cuda_compiled") == "1",
+        "cuda_toolkit": facts.get("cuda") or None,
+        "cuda_archs": [a for a in facts.get("archs", "").replace(",", ";").split(";") if a],
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "tuning_cache": str(tuning.cache_path()),
+    }
