@@ -181,6 +181,30 @@ def test_against(quick, capsys, tmp_path) -> None:
     assert f"{len(layers)} of {len(layers)} layers slower than stock" in capsys.readouterr().out
 
 
+def test_what_is_slower_is_measured_again_and_the_median_counts(quick, monkeypatch, tmp_path) -> None:
+    layers = roofline.layers_of(measure.Network.parse("hara_r3d_10@2x4x24x24"), 1)
+    measured: list[str] = []
+
+    def ratio(network, layer: str, *args, **kwargs) -> roofline.Row:
+        measured.append(layer)
+        by_time = {layers[0][0]: (1.5, 0.9, 1.0), layers[1][0]: (1.2, 1.3, 1.1)}.get(layer, (1.0,))
+        return row(2.0, 4, 4, layer=layer, other_ms=2.0, ours_over_other=by_time[measured.count(layer) - 1])
+
+    monkeypatch.setattr(roofline, "measure_layer", ratio)
+    out = tmp_path / "out.json"
+    assert roofline.main([*SMALL, "--against", "stock", "--json", str(out)]) == 1
+    names = [name for name, *_ in layers]
+    assert measured == [*names, names[0], names[0], names[1], names[1]]  # after all others
+    told = json.loads(out.read_text())["layers"]
+    assert [r["ours_over_other"] for r in told[:3]] == [1.0, 1.2, 1.0]
+    assert [r.get("ratios") for r in told[:3]] == [[1.5, 0.9, 1.0], [1.2, 1.3, 1.1], None]
+    measured.clear()
+    assert roofline.main([*SMALL, "--against", "stock", "--again", "0"]) == 1
+    assert measured == names
+    with pytest.raises(SystemExit):
+        roofline.main([*SMALL, "--again", "1"])
+
+
 def test_the_other_kernel_may_be_the_chosen_one(quick) -> None:
     torch.set_num_threads(1)
     network = measure.Network.parse("hara_r3d_10@2x4x24x24")

@@ -279,7 +279,8 @@ struct Winograd {
   static constexpr bool kEdge = AP::in < AP::a;
   static constexpr int kTaps = AP::taps * AY::taps * AX::taps;
   static constexpr int kMost = V::kPanelVectors;
-  static constexpr int64_t kPiece = 64;             // channels summed at a time
+  // Channels summed at a time; in panels fewer of many points, whose weights would take all of L2.
+  static constexpr int64_t kPiece = 64, kPanelPiece = kStrided || kFilters > 100 ? 32 : kPiece;
   static constexpr int64_t kMostWeights = 4 << 20;  // bytes of transformed weights at a time, twice in panels
   static constexpr int64_t kMostInputs = 5 << 20;   // bytes of all inputs, where they are transformed at once
 
@@ -783,9 +784,8 @@ struct Winograd {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
   int64_t tiles() const { return g.n * p.tiles * y.tiles * x.tiles; }
-  int64_t piece() const { return least(kPiece, ceil_div(g.c, V::kLanes) * V::kLanes); }
-  int64_t pieces() const { return ceil_div(g.c, kPiece); }
-  int piece_channels(int64_t i) const { return static_cast<int>(least(g.c - i * kPiece, kPiece)); }
+  int64_t pieces(int64_t size) const { return ceil_div(g.c, size); }
+  int piece_channels(int64_t i, int64_t size) const { return static_cast<int>(least(g.c - i * size, size)); }
   // Vectors of the panel that starts at channel k.
   int panel_vectors(int64_t k, int most) const {
     return static_cast<int>(least(most, ceil_div(g.k - k, V::kLanes)));
@@ -796,8 +796,8 @@ struct Winograd {
     return ceil_div(g.c, V::kLanes) * points * V::kLanes + 16;
   }
   // Where `piece` of `point` starts in the V of the first tile.
-  static int64_t piece_at(int64_t piece, int point, int points = kPoints) {
-    return (piece * (kPiece / V::kLanes) * points + point) * V::kLanes;
+  static int64_t piece_at(int64_t piece, int64_t size, int point, int points) {
+    return (piece * (size / V::kLanes) * points + point) * V::kLanes;
   }
   // M: floats from one point to the next; rows of one product may not have gaps.
   static int64_t point_floats(int64_t tiles, int64_t width) {
@@ -890,10 +890,10 @@ struct Winograd {
         const float* up = u + panel * panel_step + filter_plane(first) * kPlaneFilters * point_step;
         const int first_point = kStrided ? 0 : first * kPlane;
         for (int filter = 0, point = 0; filter < group_planes(group) * kPlaneFilters; ++filter) {
-          for (int64_t c = 0; c < pieces(); ++c)
-            multiply(vectors, v + piece_at(c, first_point + point, kInputs), tile_floats(kInputs),
+          for (int64_t c = 0; c < pieces(kPiece); ++c)
+            multiply(vectors, v + piece_at(c, kPiece, first_point + point, kInputs), tile_floats(kInputs),
                      kInputs * V::kLanes, up + c * kPiece * vectors * V::kLanes, m + point * stride_m,
-                     sharing(filter), static_cast<int>(count), piece_channels(c), c == 0, true);
+                     sharing(filter), static_cast<int>(count), piece_channels(c, kPiece), c == 0, true);
           point += sharing(filter);
           up += point_step;
         }
@@ -949,12 +949,13 @@ struct Winograd {
     return tiles() <= 128 && tiles() * tile_floats() * 4 <= kMostInputs;
   }
 
-  // Part `part` of kFilters of the parameter's channels c .. c + kPiece for `width` output channels from k.
+  // Part `part` of kFilters of the parameter's channels c .. c + kPanelPiece for `width` output channels from
+  // k.
   void fetch_weights(int64_t k, int width, int64_t c, int part) const {
     if (k >= g.k) return;
     const T* w = static_cast<const T*>(args.conv.weight);
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));
-    const int64_t channels = least(g.c - c, kPiece), rows = least(g.k - k, width);
+    const int64_t channels = least(g.c - c, kPanelPiece), rows = least(g.k - k, width);
     const bool last = args.weight_channels_last;
     const int64_t lines = ceil_div(last ? channels : channels * kTaps, kLine),
                   runs = last ? rows * kTaps : rows;
@@ -966,26 +967,29 @@ struct Winograd {
   }
 
   void panel(const float* v, const Place* places, int64_t k, int vectors) const {
-    const int64_t width = vectors * V::kLanes, point_step = odd_lines(piece() * width);
+    const int64_t width = vectors * V::kLanes,
+                  channels = least(kPanelPiece, ceil_div(g.c, V::kLanes) * V::kLanes),
+                  point_step = odd_lines(channels * width);
     const int64_t stride_m = point_floats(tiles(), width), ld = width + 16;
     const int64_t u_floats = kFilters * point_step, m_floats = kPoints * stride_m;
     float* u = static_cast<float*>(
         scratch(1, 4 * (u_floats + m_floats + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
     float *m = u + u_floats, *sums = m + m_floats;
-    for (int64_t c = 0; c < pieces(); ++c) {
-      for (int64_t i = 0; i < piece_channels(c); i += V::kLanes)
-        weights(k, vectors, c * kPiece + i, static_cast<int>(least(piece_channels(c) - i, V::kLanes)),
-                u + i * width, point_step);
+    for (int64_t c = 0; c < pieces(kPanelPiece); ++c) {
+      for (int64_t i = 0; i < piece_channels(c, kPanelPiece); i += V::kLanes)
+        weights(k, vectors, c * kPanelPiece + i,
+                static_cast<int>(least(piece_channels(c, kPanelPiece) - i, V::kLanes)), u + i * width,
+                point_step);
       // Meanwhile the weights of the next piece come from memory.
-      const bool last = c + 1 == pieces();
-      const int64_t next_k = last ? k + width : k, next_c = last ? 0 : (c + 1) * kPiece;
+      const bool last = c + 1 == pieces(kPanelPiece);
+      const int64_t next_k = last ? k + width : k, next_c = last ? 0 : (c + 1) * kPanelPiece;
       for (int t = 0, point = 0; t < AP::a; ++t)
         for (int filter = 0; filter < kPlaneFilters; ++filter) {
           const int of_all = filter_plane(t) * kPlaneFilters + filter;
           if (t < AP::filters) fetch_weights(next_k, static_cast<int>(width), next_c, of_all);
-          multiply(vectors, v + piece_at(c, point), tile_floats(), kPoints * V::kLanes,
+          multiply(vectors, v + piece_at(c, kPanelPiece, point, kPoints), tile_floats(), kPoints * V::kLanes,
                    u + of_all * point_step, m + point * stride_m, sharing(filter), static_cast<int>(tiles()),
-                   piece_channels(c), c == 0, false);
+                   piece_channels(c, kPanelPiece), c == 0, false);
           point += sharing(filter);
         }
     }

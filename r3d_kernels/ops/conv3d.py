@@ -342,9 +342,10 @@ def conv3d_keep(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Weights turned once for `conv3d_direct`, for layers of at most 512 output pixels, whose time they dominate.
+    """Weights turned once for `conv3d_direct`: worth it where few output pixels share them.
 
-    Planes of taps (along depth) that only meet padding are left out: a 3x3x3 kernel on one frame keeps a third.
+    With at most 512 output pixels, planes of taps (along depth) that only meet padding are left out: a 3x3x3 kernel on
+    one frame keeps a third.
 
     Args:
         weight: [K, C, T, R, S], float32 or bfloat16, CPU, contiguous or channels_last_3d (copied otherwise).
@@ -352,8 +353,8 @@ def conv3d_keep(
         stride, padding, dilation: an int or three (depth, height, width).
 
     Returns:
-        An opaque uint8 tensor [bytes]; empty where the kernel has no use for one (more pixels, odd channels in
-        bfloat16, bfloat16 without AVX-512 BF16, kernels of many taps).
+        An opaque uint8 tensor [bytes]; empty where the kernel has no use for one: no output pixels, bfloat16 without
+            AVX-512 BF16, more than 16 taps along depth with at most 512 pixels.
 
     Raises:
         TypeError, ValueError, RuntimeError: for arguments that do not fit together.

@@ -273,12 +273,12 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
     assert able("n1c64d8h28w28k64f1x3x3p0x1x1") == {"direct", "winograd F(1,2,2)", "winograd F(1,4,4)"}
     assert able("n1c64d8h28w28k64f3x1x1p1x0x0") == {"direct", "winograd F(2,1,1)", "winograd F(4,1,1)"}
     strided = "n1c64d8h28w28k64f3s2p1"
-    assert able(strided) == {"direct", "winograd F(2,2,2) s2", "winograd F(4,2,2) s2"}
+    assert able(strided) == {"direct", "direct kept", "winograd F(2,2,2) s2", "winograd F(4,2,2) s2"}
     for other in ("n1c64d8h28w28k64f3s1x2x2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):
         assert able(other) == {"direct"}
     monkeypatch.setenv("R3D_KERNELS_FP32", "strict")
     assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)"}
-    assert able(strided) == {"direct", "winograd F(2,2,2) s2"}
+    assert able(strided) == {"direct", "direct kept", "winograd F(2,2,2) s2"}
     assert able("n1c64d2h28w28k64f3p1") == {"direct"}
     assert "winograd F(2,2,2)" in able("n1c64d2h28w28k64f3p1", torch.bfloat16)
     assert "winograd F(2,4,4)" in able("n1c64d8h28w28k64f3p1", torch.bfloat16)
