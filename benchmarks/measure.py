@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- the machine ----
+
+VARIABLES = (  # of the environment, which decide what is measured
+    "R3D_KERNELS_BACKEND",
+    "R3D_KERNELS_ISA",
+    "R3D_KERNELS_FP32",
+    "R3D_KERNELS_MEMORY",
+    "R3D_KERNELS_TUNE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 def _first_match(path: str, pattern: str) -> str | None:
@@ -64,6 +74,13 @@ def commit() -> str | None:
         return None
 
 
+def command() -> str:
+    """What reproduces this run in a shell: variables that decide what is measured, and the arguments."""
+    set_here = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if os.environ.get(name)]
+    arguments = ["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in sys.argv)]
+    return " ".join([*set_here, shlex.join(arguments)])
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to know about where the numbers come from."""
     wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -71,7 +88,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "openvino", "onnxruntime", "onnx", "triton", "numpy", "r3d-kernels")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in sys.argv)]),
+        "command": command(),
         "commit": commit(),
         "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),

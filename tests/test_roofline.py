@@ -122,6 +122,16 @@ def test_roofs_are_those_of_the_dtype() -> None:
     assert peak.higher({"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}) == {"a": 2.0, "b": 3.0}
 
 
+def test_the_recorded_command_can_be_pasted(monkeypatch) -> None:
+    for name in measure.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("R3D_KERNELS_ISA", "avx2")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/compare.py", "--peers", "", "--networks", "a b"])
+    assert (
+        measure.command() == "R3D_KERNELS_ISA=avx2 python benchmarks/compare.py --peers '' --networks 'a b'"
+    )
+
+
 def test_peaks_of_this_machine(monkeypatch) -> None:
     monkeypatch.setattr(peak, "copy_bandwidth", lambda *_: 1e9)
     torch.set_num_threads(1)

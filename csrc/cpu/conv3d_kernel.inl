@@ -264,7 +264,7 @@ template <class V, class Math, class T>
 struct Direct {
   using A = typename Math::A;
   static constexpr bool kSameType = sizeof(A) == sizeof(T);  // no conversion between memory and kernel
-  static constexpr int kPanelVectors = V::kPanelVectors;
+  static constexpr int kPanelVectors = V::kDirectVectors;
 
   const ConvArgs& args;
   const ConvGeometry& g;
@@ -413,10 +413,11 @@ struct Direct {
 
   void panel_of(int vectors, const Rows<A>& rows, int count, int line, const char* weights, float* sums,
                 int64_t ld, bool first, Tail* tail) const {
-    if (kPanelVectors == 4 && vectors == 4)
-      panel<kPanelVectors == 4 ? 4 : 1>(rows, count, line, weights, sums, ld, first, tail);
-    else if (kPanelVectors == 4 && vectors == 3)
-      panel<kPanelVectors == 4 ? 3 : 1>(rows, count, line, weights, sums, ld, first, tail);
+    constexpr int kMost = kPanelVectors;
+    if (kMost >= 4 && vectors == 4)
+      panel<kMost >= 4 ? 4 : 1>(rows, count, line, weights, sums, ld, first, tail);
+    else if (kMost >= 3 && vectors == 3)
+      panel<kMost >= 3 ? 3 : 1>(rows, count, line, weights, sums, ld, first, tail);
     else if (vectors == 2)
       panel<2>(rows, count, line, weights, sums, ld, first, tail);
     else

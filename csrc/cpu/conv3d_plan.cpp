@@ -16,14 +16,15 @@ int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 KernelTraits kernel_traits(Isa isa, DType dtype) {
   if (isa == Isa::kAmx) isa = Isa::kAvx512Bf16;  // packed weights are for the vector unit
   const bool dot = isa == Isa::kAvx512Bf16 && dtype == DType::kBFloat16;
+  const int chunk = dot ? 768 : 576;
   switch (isa) {
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
-      return {isa, dot, 16, 64, dot ? 768 : 576};
+      return {isa, dot, 16, 64, chunk};
     case Isa::kAvx2:
-      return {isa, false, 8, 16, 192};
+      return {isa, dot, 8, 24, chunk};
     default:
-      return {isa, false, 4, 8, 192};
+      return {isa, dot, 4, 8, chunk};
   }
 }
 

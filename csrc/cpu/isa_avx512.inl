@@ -3,7 +3,7 @@
 struct V {
   using Reg = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kPanelVectors = 4;
+  static constexpr int kPanelVectors = 4, kDirectVectors = 4;
   // 32 registers: MR*NV accumulators, NV weights, one activation
   static constexpr int max_rows(int nv) { return nv == 4 ? 6 : nv == 3 ? 8 : 12; }
   // The direct kernel takes seven rows, because planes of these networks are 7 * 2^n pixels wide; the last

@@ -14,7 +14,8 @@ struct V {
   static constexpr int kLanes = 8;
   static constexpr int kPanelVectors = 2;
   static constexpr int max_rows(int nv) { return nv == 2 ? 6 : 8; }  // 16 registers
-  static constexpr int direct_rows(int nv) { return max_rows(nv); }
+  static constexpr int kDirectVectors = 3;  // four pixels: fewer loads, and lines are 7 * 2^n pixels wide
+  static constexpr int direct_rows(int nv) { return nv == 3 ? 4 : nv == 2 ? 6 : 12; }
   static constexpr bool last_in_memory(int, int) { return false; }
   static constexpr int kTurnTile = 0, kTurnVectors = 0;  // too few registers to turn weights beside products
 

@@ -9,7 +9,7 @@ namespace r3d::cpu::scalar {
 struct V {
   typedef float Reg __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
-  static constexpr int kPanelVectors = 2;
+  static constexpr int kPanelVectors = 2, kDirectVectors = 2;
   static constexpr int max_rows(int nv) { return nv == 2 ? 4 : 6; }
   static constexpr int direct_rows(int nv) { return max_rows(nv); }
   static constexpr bool last_in_memory(int, int) { return false; }
