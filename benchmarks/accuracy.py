@@ -25,7 +25,7 @@ WINOGRAD = {
     (3, 1, 1): ((2, 1, 1), (4, 1, 1)),
     (1, 1, 1): (),
 }
-STRIDED = ((2, 2, 2), (4, 2, 2))  # of 3x3x3 kernels with stride 2
+STRIDED = {(3, 3, 3): ((2, 2, 2), (4, 2, 2)), (1, 3, 3): ((1, 2, 2), (1, 4, 4))}  # with a stride of 2
 # stems: kernel -> output frames of a tile
 STEMS = {(7, 7, 7): (2, 4, 6), (5, 7, 7): (2, 4, 6), (3, 7, 7): (2, 4, 8)}
 # matrix tiles: (outputs of a Winograd tile, slices of an operand); without AMX they run in plain loops
@@ -48,7 +48,7 @@ SIZE = (4, 14, 14)
 
 
 def measure_strided(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
-    """As `measure_one`, with stride 2."""
+    """As `measure_one`, with stride 2 along the axes that have a kernel."""
     return measure_one(kernel, c, stride=2)
 
 
@@ -66,14 +66,15 @@ def measure_one(
     weight = (
         torch.randn(c, c, *kernel, generator=generator) * (2 / (c * kernel[0] * kernel[1] * kernel[2])) ** 0.5
     )
-    geometry = {"stride": stride, "padding": tuple(k // 2 for k in kernel)}
+    strides = tuple(1 if k == 1 else stride for k in kernel)
+    geometry = {"stride": strides, "padding": tuple(k // 2 for k in kernel)}
     want = F.conv3d(x.double(), weight.double(), **geometry)
     errors = {"stock": relative_error(F.conv3d(x, weight, **geometry), want)}
     zeros = torch.zeros(c)
     y = ops.conv3d_direct(x, weight, zeros, activation=None, **geometry)
     errors["direct"] = relative_error(y, want)
     plain = stride == 1 and frames == SIZE[0]
-    for tile in WINOGRAD[kernel] if plain else TWO_FRAMES if stride == 1 else STRIDED:
+    for tile in WINOGRAD[kernel] if plain else TWO_FRAMES if stride == 1 else STRIDED[kernel]:
         y = ops.conv3d_winograd(x, weight, zeros, activation=None, tile=tile, **geometry)
         errors[f"winograd{''.join(map(str, tile))}"] = relative_error(y, want)
     for tile, slices in TILES[kernel] if plain else ():
@@ -110,7 +111,7 @@ def main() -> int:
     rows = []
     with torch.inference_mode():
         cases = [(k, c, measure_one) for k in WINOGRAD for c in CHANNELS]
-        cases += [((3, 3, 3), c, measure_strided) for c in CHANNELS]
+        cases += [(k, c, measure_strided) for k in STRIDED for c in CHANNELS]
         cases += [((3, 3, 3), c, measure_two_frames) for c in CHANNELS]
         cases += [(k, c, measure_stem) for k in STEMS for c in (1, 3)]
         for kernel, c, measure in cases:

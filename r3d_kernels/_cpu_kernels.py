@@ -155,7 +155,7 @@ class WinogradCpu(DirectCpu):
 
     Args:
         tile: outputs of a tile along depth, height and width; 1 where the kernel is 1.
-        stride: along every axis.
+        stride: along every axis that has a kernel.
     """
 
     def __init__(self, tile: tuple[int, int, int], stride: int = 1) -> None:
@@ -170,8 +170,9 @@ class WinogradCpu(DirectCpu):
         p = request.problem
         if p.kernel != tuple(1 if m == 1 else 3 for m in self.tile):
             return f"the tile is not for kernel {p.kernel}"
-        if p.stride != (self.stride,) * 3 or p.dilation != (1, 1, 1):
-            return f"needs stride {self.stride} and dilation 1"
+        stride = tuple(1 if m == 1 else self.stride for m in self.tile)
+        if p.stride != stride or p.dilation != (1, 1, 1):
+            return f"needs stride {stride} and dilation 1"
         if fp32_mode() == "strict" and request.dtype == torch.float32:
             if 4 in self.tile:
                 return "tiles of 4 outputs are outside R3D_KERNELS_FP32=strict"
@@ -191,7 +192,7 @@ class WinogradCpu(DirectCpu):
 
     def _points(self, p: ConvProblem) -> int:
         """Products of a tile, for each pair of channels."""
-        along = [_tile_inputs(m) if self.stride == 1 else 2 * m + 1 for m in self.tile]
+        along = [_tile_inputs(m) if m == 1 or self.stride == 1 else 2 * m + 1 for m in self.tile]
         return math.prod(along) * 3 // 4 if self._edge(p) else math.prod(along)
 
     def _filters(self, p: ConvProblem) -> int:
@@ -387,7 +388,7 @@ class StemCpu(DirectCpu):
 
 
 _TILES = ((2, 2, 2), (2, 4, 4), (4, 4, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (4, 1, 1))
-_STRIDED_TILES = ((2, 2, 2), (4, 2, 2))
+_STRIDED_TILES = ((2, 2, 2), (4, 2, 2), (1, 2, 2), (1, 4, 4))
 _AMX_TILES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1))
 CPU_KERNELS: list[Kernel] = [
     DirectCpu(),

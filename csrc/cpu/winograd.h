@@ -60,9 +60,10 @@ constexpr WinogradTile winograd_tile(int code) {
   return {0, 0, 0};
 }
 
-// Whether a tile is there for a stride of 1 or 2 along every axis.
+// Whether a tile is there for a stride of 1 or 2 along the axes with a kernel.
 constexpr bool winograd_compiled(const WinogradTile& t, int stride) {
-  return stride == 2 ? t.code() == 222 || t.code() == 422 : t.code() != 422;
+  if (stride == 1) return t.code() != 422;
+  return t.code() == 222 || t.code() == 422 || t.code() == 122 || t.code() == 144;
 }
 
 // nullptr when the tile computes this convolution, otherwise why not.
@@ -70,8 +71,12 @@ inline const char* winograd_refuses(const WinogradTile& t, const ConvGeometry& g
   auto fits = [](int m, int64_t kernel) { return m == 1 ? kernel == 1 : kernel == 3; };
   if (!fits(t.d, g.kernel.d) || !fits(t.h, g.kernel.h) || !fits(t.w, g.kernel.w))
     return "the Winograd tile is for another kernel size";
-  const auto strided = [&](int64_t s) { return g.stride.d == s && g.stride.h == s && g.stride.w == s; };
-  if (!strided(1) && !strided(2)) return "Winograd needs a stride of 1 or of 2 along every axis";
+  const auto strided = [&](int64_t s) {
+    return g.stride.d == (t.d == 1 ? 1 : s) && g.stride.h == (t.h == 1 ? 1 : s) &&
+           g.stride.w == (t.w == 1 ? 1 : s);
+  };
+  if (!strided(1) && !strided(2))
+    return "Winograd needs a stride of 1 or of 2 along every axis with a kernel";
   if (!winograd_compiled(t, strided(2) ? 2 : 1)) return "the Winograd tile is for another stride";
   if (g.dilation.d != 1 || g.dilation.h != 1 || g.dilation.w != 1) return "Winograd needs dilation 1";
   return nullptr;

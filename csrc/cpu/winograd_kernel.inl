@@ -106,6 +106,18 @@ static inline __attribute__((always_inline)) void input_axis(Strided2, const V::
   v[4] = d[3];
 }
 
+static inline __attribute__((always_inline)) void input_axis(Strided4, const V::Reg* d, V::Reg* v) {
+  constexpr float p = Strided4::p, q = Strided4::q, pp = p * p, qq = q * q;
+  const V::Reg ep = V::fma(V::set(-qq), d[2], d[6]), op = V::fma(V::set(-qq), d[0], d[4]);
+  const V::Reg eq = V::fma(V::set(-pp), d[2], d[6]), oq = V::fma(V::set(-pp), d[0], d[4]);
+  v[0] = V::fma(V::set(p), op, ep);
+  v[1] = V::fma(V::set(-p), op, ep);
+  v[2] = V::fma(V::set(q), oq, eq);
+  v[3] = V::fma(V::set(-q), oq, eq);
+  v[4] = V::fma(V::set(pp * qq), d[0], V::fma(V::set(-pp - qq), d[4], d[8]));
+  for (int i = 0; i < 4; ++i) v[5 + i] = d[1 + 2 * i];
+}
+
 static inline __attribute__((always_inline)) void output_axis(Axis1, const V::Reg* m, V::Reg* y) {
   y[0] = m[0];
 }
@@ -128,11 +140,22 @@ static inline __attribute__((always_inline)) void output_axis(Strided2, const V:
   y[1] = V::add(V::add(m[1], m[2]), m[4]);
 }
 
+static inline __attribute__((always_inline)) void output_axis(Strided4, const V::Reg* m, V::Reg* y) {
+  constexpr float p = Strided4::p, q = Strided4::q;
+  const V::Reg sp = V::add(m[0], m[1]), tp = V::sub(m[0], m[1]), sq = V::add(m[2], m[3]),
+               tq = V::sub(m[2], m[3]);
+  y[0] = V::add(m[5], V::add(sp, sq));
+  y[1] = V::fma(V::set(p), tp, V::fma(V::set(q), tq, m[6]));
+  y[2] = V::fma(V::set(p * p), sp, V::fma(V::set(q * q), sq, m[7]));
+  y[3] = V::fma(V::set(p * p * p), tp, V::fma(V::set(q * q * q), tq, V::add(m[4], m[8])));
+}
+
 // A strided depth axis is transformed plane by plane: what plane `t` of the inputs is the sum of, ...
 struct DepthTerms {
   int count, slice[4];
   float factor[4];  // the first is 1
 };
+static inline DepthTerms depth_terms(Axis1, int) { return {1, {0}, {1}}; }
 static inline DepthTerms depth_terms(Strided2, int t) {
   switch (t) {
     case 0:
@@ -154,6 +177,7 @@ static inline DepthTerms depth_terms(Strided4, int t) {
   return {1, {2 * t - 9}, {1}};
 }
 // ... and what it adds to slice `i` of the outputs.
+static constexpr float depth_factor(Axis1, int, int) { return 1.f; }
 static constexpr float depth_factor(Strided2, int i, int t) {
   return t >= 3 ? t - 3 == i : t == 1 || t == 2 * i ? 1.f : 0.f;
 }
@@ -507,7 +531,7 @@ struct Winograd {
         const T* at = from + terms.slice[i] * p.in_step + j * y.in_step + c;
         const T* const* around = pixels + i * kPlane + j * AX::a;
         const V::Reg factor = V::set(terms.factor[i]);
-#pragma GCC unroll 5
+#pragma GCC unroll 9
         for (int k = 0; k < AX::a; ++k) {
           __builtin_prefetch(at + k * x.in_step + ahead, 0, 2);
           const V::Reg value = load_lanes(kInside ? at + k * x.in_step : around[k] + c, lanes);
@@ -515,15 +539,15 @@ struct Winograd {
         }
       }
       input_axis(AX(), in, out);
-#pragma GCC unroll 5
+#pragma GCC unroll 9
       for (int k = 0; k < AX::a; ++k) V::store(buffer[j][k], out[k]);
     }
     for (int k = 0; k < AX::a; ++k) {
       V::Reg in[AY::a], out[AY::a];
-#pragma GCC unroll 5
+#pragma GCC unroll 9
       for (int j = 0; j < AY::a; ++j) in[j] = V::load(buffer[j][k]);
       input_axis(AY(), in, out);
-#pragma GCC unroll 5
+#pragma GCC unroll 9
       for (int j = 0; j < AY::a; ++j) V::store(to + place_of(j, k) * V::kLanes, out[j]);
     }
   }
@@ -566,12 +590,12 @@ struct Winograd {
       V::Reg in[AY::a], out[AY::m];
       const float* odd = from + place_of(AY::own, z) * stride;
       const int64_t odd_step = (z < AX::own ? 1 : AX::m) * stride;
-#pragma GCC unroll 3
+#pragma GCC unroll 5
       for (int j = 0; j < AY::own; ++j) in[j] = V::load(from + (j * AX::a + z) * stride);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = AY::own; j < AY::a; ++j) in[j] = V::load(odd + (j - AY::own) * odd_step);
       output_axis(AY(), in, out);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < AY::m; ++j) V::store(buffer[j][z], out[j]);
     }
     const int64_t rows = y.out - (at.y + y.padding) / AY::stride,
@@ -581,7 +605,7 @@ struct Winograd {
     const V::Reg scale = args.scale ? load_lanes(args.scale + k, lanes) : V::set(1.f);
     for (int j = 0; j < AY::m; ++j) {
       V::Reg in[AX::a], out[AX::m];
-#pragma GCC unroll 5
+#pragma GCC unroll 9
       for (int z = 0; z < AX::a; ++z) in[z] = V::load(buffer[j][z]);
       output_axis(AX(), in, out);
       const int64_t to = at.out + j * y.out_step + k;
@@ -1046,8 +1070,10 @@ static void winograd_typed(const WinogradArgs& args) {
     case 444:
       return run_winograd<Axis4, Axis4, Axis4, T, false>(args);
     case 122:
+      if (args.conv.g.stride.h == 2) return run_winograd<Axis1, Strided2, Strided2, T, false>(args);
       return run_winograd<Axis1, Axis2, Axis2, T, false>(args);
     case 144:
+      if (args.conv.g.stride.h == 2) return run_winograd<Axis1, Strided4, Strided4, T, false>(args);
       return run_winograd<Axis1, Axis4, Axis4, T, false>(args);
     case 211:
       return run_winograd<Axis1, Axis2, Axis1, T, true>(args);

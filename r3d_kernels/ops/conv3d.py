@@ -446,14 +446,13 @@ def conv3d_winograd(
         bias: float32 [K].
         scale: float32 [K], applied to the float32 sums, or None.
         residual: [N, K, D', H', W'], dtype of x, or None.
-        stride: 1, or 2 along every axis of a 3x3x3 kernel: the even inputs are then a convolution of two taps, the odd
-            ones of one.
+        stride: 1, or 2 along every axis that has a kernel, 3x3x3 or (1,3,3): the even inputs are then a convolution of
+            two taps, the odd ones of one.
         padding: an int or three (depth, height, width).
-        tile: outputs of a tile along depth, height and width: [2, 2, 2], [2, 4, 4] or [4, 4, 4] for 3x3x3,
-            [1, 2, 2] or [1, 4, 4]
-            for (1,3,3), [2, 1, 1] or [4, 1, 1] for (3,1,1). The larger, the fewer multiplications and the larger the
-            error (about 3e-7 with twos, 1.3e-6 with fours). [2, 2, 2] or [4, 2, 2] with a stride of 2 (error about
-            3e-7).
+        tile: outputs of a tile along depth, height and width: [2, 2, 2], [2, 4, 4] or [4, 4, 4] for 3x3x3, [1, 2, 2]
+            or [1, 4, 4] for (1,3,3), [2, 1, 1] or [4, 1, 1] for (3,1,1). The larger, the fewer multiplications and the
+            larger the error (about 3e-7 with twos, 1.3e-6 with fours). With a stride of 2 [2, 2, 2] or [4, 2, 2], and
+            [1, 2, 2] or [1, 4, 4] (error about 3e-7).
 
     Returns:
         [N, K, D', H', W'] of x's dtype, channels_last_3d. No gradient flows.

@@ -27,12 +27,17 @@ TILES = {
 }
 
 
-STRIDED = (222, 422)  # of stride 2, for 3x3x3
+STRIDED = (222, 422, 122, 144)  # of stride 2 along the axes with a kernel
 CASES = [*((tile, 1) for tile in TILES if tile != 422), *((tile, 2) for tile in STRIDED)]
 
 
 def digits(tile: int) -> list[int]:
     return [int(d) for d in str(tile)]
+
+
+def steps(tile: int, stride: int) -> tuple[int, ...]:
+    """The stride along every axis."""
+    return tuple(1 if k == 1 else stride for k in TILES[tile])
 
 
 def check(
@@ -47,7 +52,7 @@ def check(
     layout: str = "contiguous",
     stride: int = 1,
 ) -> float:
-    kernel = TILES[tile]
+    kernel, stride = TILES[tile], steps(tile, stride)
     x = torch.randn(n, c, *size).relu().to(dtype)
     weight = (torch.randn(k, c, *kernel) / (c * 4) ** 0.5).to(dtype)
     bias = torch.randn(k)
@@ -98,8 +103,9 @@ def test_every_instruction_set(tile: int, stride: int, dtype: torch.dtype, isa: 
 def test_many_strided_tiles(tile: int, isa: str, monkeypatch) -> None:
     """In blocks rather than panels, with channels in pieces, the last ones narrow."""
     monkeypatch.setenv("R3D_KERNELS_ISA", isa)
-    check(tile, 1, 3, (15, 33, 30), 20, (2, 0, 1), True, torch.float32, stride=2)
-    check(tile, 2, 70, (8, 20, 21), 72, (1, 1, 1), False, torch.bfloat16, stride=2)
+    depth = TILES[tile][0] // 2
+    check(tile, 1, 3, (15, 33, 30), 20, (2 * depth, 0, 1), True, torch.float32, stride=2)
+    check(tile, 2, 70, (8, 20, 21), 72, (depth, 1, 1), False, torch.bfloat16, stride=2)
 
 
 @pytest.mark.parametrize("isa", USABLE)
@@ -158,11 +164,11 @@ def test_any_geometry(
 
 def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
     """What R3D_KERNELS_FP32=strict rests on: twice the error of the direct stock convolution at most."""
-    for tile, stride in ((222, 1), (122, 1), (211, 1), (222, 2)):
+    for tile, stride in ((222, 1), (122, 1), (211, 1), (222, 2), (122, 2)):
         for c in (64, 256):
             x, weight = torch.randn(1, c, 4, 14, 14).relu(), torch.randn(c, c, *TILES[tile]) / (4 * c) ** 0.5
             padding = tuple(k // 2 for k in TILES[tile])
-            geometry = {"stride": stride, "padding": padding}
+            geometry = {"stride": steps(tile, stride), "padding": padding}
             want = F.conv3d(x.double(), weight.double(), **geometry)
             y = ops.conv3d_winograd(x, weight, torch.zeros(c), activation=None, tile=digits(tile), **geometry)
             stock = F.conv3d(x, weight, **geometry)
@@ -185,14 +191,17 @@ def test_same_bits_with_any_number_of_threads(text: str) -> None:
         assert all(torch.equal(results[0], r) for r in results)
 
 
-@pytest.mark.parametrize("text", ["n1c64d8h28w28k64f3s2p1+relu", "n1c256d2h14w14k128f3s2p1"])
+@pytest.mark.parametrize(("c", "k", "size"), [(64, 64, (8, 28, 28)), (256, 128, (2, 14, 14))])
 @pytest.mark.parametrize("tile", STRIDED)
-def test_same_strided_bits_with_any_number_of_threads(tile: int, text: str) -> None:
-    t = ConvProblem.parse(text).tensors()
+def test_same_strided_bits_with_any_number_of_threads(tile: int, c: int, k: int, size: tuple) -> None:
+    x, weight, bias = torch.randn(1, c, *size), torch.randn(k, c, *TILES[tile]), torch.randn(k)
+    padding = tuple(f // 2 for f in TILES[tile])
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(ops.conv3d_winograd(t.x, t.weight, t.beta, stride=2, padding=1, tile=digits(tile)))
+        results.append(
+            ops.conv3d_winograd(x, weight, bias, stride=steps(tile, 2), padding=padding, tile=digits(tile))
+        )
     assert all(torch.equal(results[0], r) for r in results)
 
 
@@ -208,7 +217,7 @@ def test_wrong_use() -> None:
     ):
         ops.conv3d_winograd(x, weight, bias, tile=(1, 2, 2))
     for stride, tile, why in (
-        ((1, 2, 2), (2, 2, 2), "needs a stride of 1 or of 2 along every axis"),
+        ((1, 2, 2), (2, 2, 2), "needs a stride of 1 or of 2 along every axis with a kernel"),
         (3, (2, 2, 2), "needs a stride of 1 or of 2 along every axis"),
         (2, (2, 4, 4), "the Winograd tile is for another stride"),
         (1, (4, 2, 2), "the Winograd tile is for another stride"),
@@ -227,24 +236,27 @@ def test_wrong_use() -> None:
         ops.conv3d_winograd(x, weight, bias, None, torch.zeros(1, 8, 4, 4, 5))
 
 
-@pytest.mark.parametrize(("tile", "stride"), [(222, 1), (444, 1), (411, 1), (422, 2)])
+@pytest.mark.parametrize(("tile", "stride"), [(222, 1), (444, 1), (411, 1), (422, 2), (144, 2)])
 def test_operator(tile: int, stride: int) -> None:
     x = torch.randn(1, 5, 4, 6, 6)
     weight, scale, bias = torch.randn(9, 5, *TILES[tile]), torch.rand(9), torch.randn(9)
     padding = [k // 2 for k in TILES[tile]]
-    for r in (None, torch.randn(1, 9, *(size // stride for size in (4, 6, 6)))):
+    stride = steps(tile, stride)
+    for r in (None, torch.randn(1, 9, *(size // s for size, s in zip((4, 6, 6), stride, strict=True)))):
         torch.library.opcheck(
             torch.ops.r3d_kernels.conv3d_winograd.default,
-            (x, weight, scale, bias, r, [stride] * 3, padding, "relu", digits(tile)),
+            (x, weight, scale, bias, r, list(stride), padding, "relu", digits(tile)),
         )
 
 
 def test_nan_reaches_the_output() -> None:
-    x, weight = torch.zeros(1, 16, 4, 8, 8), torch.ones(16, 16, 3, 3, 3)
+    x = torch.zeros(1, 16, 4, 8, 8)
     x[0, 3, 1, 4, 4] = float("nan")
-    for tile, stride in ((222, 1), (244, 1), (444, 1), (222, 2), (422, 2)):
-        want = F.conv3d(x, weight, stride=stride, padding=1).relu()
-        y = ops.conv3d_winograd(x, weight, torch.zeros(16), stride=stride, padding=1, tile=digits(tile))
+    for tile, stride in CASES:
+        weight, padding = torch.ones(16, 16, *TILES[tile]), tuple(k // 2 for k in TILES[tile])
+        geometry = {"stride": steps(tile, stride), "padding": padding}
+        want = F.conv3d(x, weight, **geometry).relu()
+        y = ops.conv3d_winograd(x, weight, torch.zeros(16), **geometry, tile=digits(tile))
         assert y.isnan()[want.isnan()].all()
 
 
@@ -274,7 +286,14 @@ def test_predicates_and_strict_mode(monkeypatch) -> None:
     assert able("n1c64d8h28w28k64f3x1x1p1x0x0") == {"direct", "winograd F(2,1,1)", "winograd F(4,1,1)"}
     strided = "n1c64d8h28w28k64f3s2p1"
     assert able(strided) == {"direct", "direct kept", "winograd F(2,2,2) s2", "winograd F(4,2,2) s2"}
-    for other in ("n1c64d8h28w28k64f3s1x2x2p1", "n1c64d8h28w28k64f3p1l2", "n1c64d8h28w28k64f1"):
+    planes = "n1c64d8h28w28k64f1x3x3s1x2x2p0x1x1"
+    assert able(planes) == {"direct", "winograd F(1,2,2) s2", "winograd F(1,4,4) s2"}
+    for other in (
+        "n1c64d8h28w28k64f3s1x2x2p1",
+        "n1c64d16h28w28k64f1x3x3s2p0x1x1",
+        "n1c64d8h28w28k64f3p1l2",
+        "n1c64d8h28w28k64f1",
+    ):
         assert able(other) == {"direct"}
     monkeypatch.setenv("R3D_KERNELS_FP32", "strict")
     assert able("n1c64d8h28w28k64f3p1") == {"direct", "winograd F(2,2,2)"}
