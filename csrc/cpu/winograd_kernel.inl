@@ -425,43 +425,33 @@ struct Winograd {
     alignas(64) float buffer[AY::a][AP::a][AX::a][V::kLanes];
     const int64_t slice = p.in_step, row = y.in_step, column = x.in_step;
     from += c;
+    // Six planes of six are more than there are registers: half of the planes at a time, from the same
+    // inputs.
+    constexpr int kHalves = AP::a * AX::a > 24 ? 2 : 1, kPlanes = AP::a / kHalves;
     for (int j = 0; j < AY::a; ++j, from += row) {
-      const T* at[AP::in];
+#pragma GCC unroll 2
+      for (int half = 0; half < kHalves; ++half) {
+        V::Reg in[kPlanes][AX::a];
 #pragma GCC unroll 6
-      for (int t = 0; t < AP::in; ++t) at[t] = from + t * slice;
-      // Six planes of six are more than there are registers: they wait in memory for the transform along x.
-      constexpr bool kWaits = AP::a * AX::a > 24;
-      alignas(64) float line[kWaits ? AP::a : 1][AX::a][V::kLanes];
-      V::Reg in[kWaits ? 1 : AP::a][AX::a];
+        for (int k = 0; k < AX::a; ++k) {
+          V::Reg slices[AP::in], planes[AP::a];
 #pragma GCC unroll 6
-      for (int k = 0; k < AX::a; ++k) {
-        V::Reg slices[AP::in], planes[AP::a];
+          for (int t = 0; t < AP::in; ++t) {
+            const T* at = from + t * slice + k * column;
+            slices[t] = load_lanes(kInside ? at : pixels[(j * AX::a + k) * AP::in + t] + c, lanes);
+            if (half == 0) __builtin_prefetch(at + ahead, 0, 2);
+          }
+          input_axis(AP(), slices, planes);
 #pragma GCC unroll 6
-        for (int t = 0; t < AP::in; ++t) {
-          slices[t] = load_lanes(kInside ? at[t] : pixels[(j * AX::a + k) * AP::in + t] + c, lanes);
-          __builtin_prefetch(at[t] + ahead, 0, 2);
-          at[t] += column;
+          for (int t = 0; t < kPlanes; ++t) in[t][k] = planes[half * kPlanes + t];
         }
-        input_axis(AP(), slices, planes);
 #pragma GCC unroll 6
-        for (int t = 0; t < AP::a; ++t)
-          if constexpr (kWaits)
-            V::store(line[t][k], planes[t]);
-          else
-            in[t][k] = planes[t];
-      }
-#pragma GCC unroll 4
-      for (int t = 0; t < AP::a; ++t) {
-        V::Reg waited[AX::a], out[AX::a];
-        if constexpr (kWaits) {
-#pragma GCC unroll 6
-          for (int k = 0; k < AX::a; ++k) waited[k] = V::load(line[t][k]);
-          input_axis(AX(), waited, out);
-        } else {
+        for (int t = 0; t < kPlanes; ++t) {
+          V::Reg out[AX::a];
           input_axis(AX(), in[t], out);
-        }
 #pragma GCC unroll 6
-        for (int k = 0; k < AX::a; ++k) V::store(buffer[j][t][k], out[k]);
+          for (int k = 0; k < AX::a; ++k) V::store(buffer[j][half * kPlanes + t][k], out[k]);
+        }
       }
     }
     for (int t = 0; t < AP::a; ++t, to += kPlane * V::kLanes)
@@ -1023,8 +1013,12 @@ struct Winograd {
   }
 
   void run_panels() const {
-    // A narrow panel leaves registers for more tiles, and there are more of them to share out.
-    const int most = kMost == 4 ? 2 : kMost;
+    // A narrow panel leaves registers for more tiles, and there are more of them to share out: the narrowest
+    // where many threads would wait for a few. It takes a tenth more time for every channel.
+    const int wide = kMost == 4 ? 2 : kMost;
+    const int64_t threads = thread_pool().threads();
+    const auto rounds = [&](int most) { return ceil_div(ceil_div(g.k, most * V::kLanes), threads) * most; };
+    const int most = 10 * rounds(wide) > 11 * rounds(1) ? 1 : wide;
     const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
     float* v = static_cast<float*>(scratch(3, tiles() * tile_floats() * 4));  // of this thread, read by all
     const Around a = around(4, 0, 0, tiles());

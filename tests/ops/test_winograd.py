@@ -183,7 +183,7 @@ def test_same_bits_with_any_number_of_threads(text: str) -> None:
     t = p.tensors()
     for tile in (222, 244, 444):
         results = []
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 3, 7, 24):
             torch.set_num_threads(threads)
             results.append(
                 ops.conv3d_winograd(t.x, t.weight, t.beta, None, t.residual, padding=1, tile=digits(tile))
@@ -197,7 +197,7 @@ def test_same_strided_bits_with_any_number_of_threads(tile: int, c: int, k: int,
     x, weight, bias = torch.randn(1, c, *size), torch.randn(k, c, *TILES[tile]), torch.randn(k)
     padding = tuple(f // 2 for f in TILES[tile])
     results = []
-    for threads in (1, 2, 3, 7):
+    for threads in (1, 2, 3, 7, 24):
         torch.set_num_threads(threads)
         results.append(
             ops.conv3d_winograd(x, weight, bias, stride=steps(tile, 2), padding=padding, tile=digits(tile))
