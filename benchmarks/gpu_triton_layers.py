@@ -11,7 +11,7 @@ import measure
 import torch
 import torch.nn.functional as F
 from gpu_common import FP32_PROMISE, gpu_seconds, largest
-from gpu_networks import placed, reference
+from gpu_networks import network_layers, placed, reference
 from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
 
@@ -283,7 +283,7 @@ def triton_network(name: str, dtype_name: str, batch: int, device: str = "cuda")
     """A network with every convolution through Triton, against eager channels-last."""
     require_triton()
     from r3d_kernels import backend
-    from r3d_kernels.backends import explain
+    from r3d_kernels.backends import Request, explain, prepare
 
     dtype = measure.DTYPES[dtype_name]
     x = measure.clip(batch).to(device=device, dtype=dtype, memory_format=torch.channels_last_3d)
@@ -297,6 +297,10 @@ def triton_network(name: str, dtype_name: str, batch: int, device: str = "cuda")
         with torch.no_grad():
             return stock(x)
 
+    # Compiled for all layers together, or the tuner would take most of the time of this section.
+    layers = [Request(p, dtype, x.device, torch.get_num_threads()) for p, _ in network_layers(name, batch)]
+    with backend("triton"):
+        prepare(layers, lambda done, total: progress(compiled=[done, total]))
     expected = reference(name)
     errors = {
         engine: measure.relative_error(call()[:1].cpu(), expected)

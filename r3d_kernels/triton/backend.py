@@ -110,6 +110,8 @@ class TritonConv3d:
 
     def prepare(self, requests: Sequence[Request], told: Callable[[int, int], None]) -> None:
         """Compiles what the first calls of these requests, all of one device, will measure: once, several at once."""
+        if interpreted():  # nothing is compiled
+            return
         from r3d_kernels.triton import ahead, conv3d
 
         jobs = [job for r in requests for job in conv3d.jobs(r.problem, r.dtype, r.device)]

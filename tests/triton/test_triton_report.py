@@ -178,7 +178,7 @@ def test_a_network_that_is_not_triton_alone_is_found(monkeypatch) -> None:
     monkeypatch.setattr(gpu_triton_layers, "reference", lambda name: exact)
     monkeypatch.setattr(gpu_triton_layers.measure, "clip", lambda batch: x)
     monkeypatch.setattr(gpu_triton_layers, "gpu_seconds", lambda calls, rounds: dict.fromkeys(calls, 1e-3))
-    assert gpu_triton_layers.triton_network("", "fp32", 1, device="cpu")["triton_is_faster"] == 1.0
+    assert gpu_triton_layers.triton_network("r3d_18", "fp32", 1, device="cpu")["triton_is_faster"] == 1.0
     monkeypatch.setattr(backends.TritonConv3d, "can_run", lambda self, request: "not today")
     with pytest.raises(gpu_sections.Failed, match=r"layers did not run through Triton.*not today"):
-        gpu_triton_layers.triton_network("", "fp32", 1, device="cpu")
+        gpu_triton_layers.triton_network("r3d_18", "fp32", 1, device="cpu")
