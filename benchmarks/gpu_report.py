@@ -145,7 +145,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("a second device", check_second_device, needs=10),
         compiled("r3d_18", "bf16", 32, "max-autotune"),
         Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
-        # its tuner may take 15 s for each of 15 layers
+        # its tuner may take 15 s for each of 15 layers where few processors compile
         Section(
             "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 60, 260, "triton"
         ),
