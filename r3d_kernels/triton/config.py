@@ -291,7 +291,7 @@ _WEIGHT_GRAD: dict[tuple[str, bool], tuple[str, ...]] = {
     ("half", False): (
         "pixels 64x128x128 w8 s3 g8 k1",
         "pixels 64x64x64 w4 s3 g8 k1",
-        "pixels 64x128x256 w8 s3 g8 k1 @90-",
+        "pixels 64x128x256 w8 s3 g8 k1 @90-119",  # spills on 12.0
         "pixels 32x64x128 w4 s4 g8 k1",
     ),
     ("half", True): (
