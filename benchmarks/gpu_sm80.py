@@ -11,12 +11,14 @@ import argparse
 import copy
 import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import measure
 import torch
 import torch.nn.functional as F
+from gpu_common import gpu_seconds, require_op, roofline
+from gpu_networks import placed, quick
+from gpu_sections import Failed, NotHere, Section, progress
 from torch import Tensor
 
 # Three different paddings first: an exchanged pair of axes shows there.
@@ -101,7 +103,7 @@ def _in_rows(y: Tensor) -> bool:
     return any(y.stride() == (d * h * w * p, 1, h * w * p, w * p, p) for p in pitches)
 
 
-def check_conv3d(report: ModuleType, device: str = "cuda", kernel: str = "sm80") -> dict[str, Any]:
+def check_conv3d(device: str = "cuda", kernel: str = "sm80") -> dict[str, Any]:
     """Every geometry and dtype against float64; NaN and shape mistakes count as wrong."""
     rows, bad = [], []
     with torch.no_grad():
@@ -110,7 +112,7 @@ def check_conv3d(report: ModuleType, device: str = "cuda", kernel: str = "sm80")
                 problem = Problem(text, dtype, device)
                 ours = problem.call(kernel)
                 if isinstance(ours, str):
-                    raise report.NotHere(f"{kernel}: {ours}")
+                    raise NotHere(f"{kernel}: {ours}")
                 exact, y = problem.exact(), ours()
                 error = measure.relative_error(y.cpu(), exact)
                 stock = measure.relative_error(problem.call("stock")().cpu(), exact)
@@ -127,34 +129,32 @@ def check_conv3d(report: ModuleType, device: str = "cuda", kernel: str = "sm80")
                 rows.append(row)
                 if not error <= allowed or not _in_rows(y):
                     bad.append(row)
-                report.progress(rows=rows)
+                progress(rows=rows)
     if bad:
-        raise report.Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
     return {"cases": len(rows), "rows_of_errors": rows}
 
 
-def check_repetitions(
-    report: ModuleType, count: int = 200, device: str = "cuda", kernel: str = "sm80"
-) -> dict[str, Any]:
+def check_repetitions(count: int = 200, device: str = "cuda", kernel: str = "sm80") -> dict[str, Any]:
     """The same bits every time; the last geometry splits its sum."""
     for text in (GEOMETRIES[0], GEOMETRIES[8], "n1c512d1h4w4k512f3p1+res+relu"):
         ours = Problem(text, torch.bfloat16, device).call(kernel)
         if isinstance(ours, str):
-            raise report.NotHere(f"{kernel}: {ours}")
+            raise NotHere(f"{kernel}: {ours}")
         first = ours().view(torch.int16)
         different = torch.zeros((), dtype=torch.int64, device=device)
         for _ in range(count):
             different += (ours().view(torch.int16) != first).any().long()
         if int(different):
-            raise report.Failed(f"{int(different)} of {count} repetitions differ: {text}")
+            raise Failed(f"{int(different)} of {count} repetitions differ: {text}")
     return {"repetitions": count}
 
 
-def check_pool_and_head(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+def check_pool_and_head(device: str = "cuda") -> dict[str, Any]:
     """Max-pool bit for bit as torch's, NaN included; head against float64."""
     from r3d_kernels import backend, ops
 
-    report.require_op()
+    require_op()
     cases = 0
     pool, head = backend("cuda")(ops.max_pool3d), backend("cuda")(ops.avg_pool_linear)
     for dtype in DTYPES if device == "cuda" else (torch.bfloat16, torch.float32):
@@ -165,13 +165,13 @@ def check_pool_and_head(report: ModuleType, device: str = "cuda") -> dict[str, A
             for window in ((3, 2, 1), ((1, 3, 3), (1, 2, 2), (0, 1, 1))):
                 want = F.max_pool3d(x.float(), *window).to(dtype)
                 if not torch.equal(pool(x, *window).nan_to_num(-7.0), want.nan_to_num(-7.0)):
-                    raise report.Failed(f"max_pool3d differs from torch's: {dtype}, {channels}, {window}")
+                    raise Failed(f"max_pool3d differs from torch's: {dtype}, {channels}, {window}")
                 cases += 1
             x, weight = x.nan_to_num(1.0), torch.randn(19, channels).to(device, dtype)
             exact = F.linear(x.double().mean((2, 3, 4)), weight.double())
             error = measure.relative_error(head(x, weight).cpu(), exact.cpu())
             if not error <= (5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps):
-                raise report.Failed(f"avg_pool_linear: error {error:.1e}: {dtype}, {channels} channels")
+                raise Failed(f"avg_pool_linear: error {error:.1e}: {dtype}, {channels} channels")
             cases += 1
     return {"cases": cases}
 
@@ -179,7 +179,7 @@ def check_pool_and_head(report: ModuleType, device: str = "cuda") -> dict[str, A
 CLIP_MEAN, CLIP_STD = (110.2, 100.6, 96.9), (58.4, 57.2, 57.5)
 
 
-def check_clips(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+def check_clips(device: str = "cuda") -> dict[str, Any]:
     """A decoder's uint8 clip, normalised by the stem: every layout against float64, and as a CUDA graph."""
     from r3d_kernels import ResNet3D, backends
 
@@ -207,27 +207,23 @@ def check_clips(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
                 tf32 = TF32_ERROR if device == "cuda" and backends.tf32_allowed() else 1e-5
                 floor = tf32 if dtype == torch.float32 else torch.finfo(dtype).eps
                 if not found[True] <= 2 * found[False] + floor:
-                    raise report.Failed(
-                        f"{stem} {dtype} {name}: error {found[True]:.1e}, stock {found[False]:.1e}"
-                    )
+                    raise Failed(f"{stem} {dtype} {name}: error {found[True]:.1e}, stock {found[False]:.1e}")
             if device == "cuda" and not torch.equal(ours.graphed(x)(x), y):
-                raise report.Failed(
-                    f"{stem} {dtype}: the graph of a uint8 clip gives another result than the pass"
-                )
+                raise Failed(f"{stem} {dtype}: the graph of a uint8 clip gives another result than the pass")
     return {"cases": len(errors), "worst": max(errors.values()), "errors": errors}
 
 
-def layer_speed(report: ModuleType, batch: int) -> dict[str, Any]:
+def layer_speed(batch: int) -> dict[str, Any]:
     """r3d_18's layers in bfloat16: ours, cuDNN with our epilogue, and stock; share of a matrix product's rate."""
-    rate = report.roofline()["matmul_tflop_per_s"]["bfloat16"]
+    rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
     rows = []
     with torch.no_grad():
         for name, text in LAYERS.items():
             problem = Problem(text.format(batch), torch.bfloat16, "cuda")
             calls = {k: problem.call(k) for k in (*KERNELS, "cuDNN + bn_act", "stock")}
             if isinstance(calls["sm80"], str):
-                raise report.NotHere(f"sm80: {calls['sm80']}")
-            seconds = report.gpu_seconds({k: c for k, c in calls.items() if not isinstance(c, str)}, rounds=9)
+                raise NotHere(f"sm80: {calls['sm80']}")
+            seconds = gpu_seconds({k: c for k, c in calls.items() if not isinstance(c, str)}, rounds=9)
             tflops = 2 * problem.p.macs / seconds["sm80"] / 1e12
             rows.append(
                 {
@@ -238,15 +234,13 @@ def layer_speed(report: ModuleType, batch: int) -> dict[str, Any]:
                     "share_of_matmul": round(tflops / rate, 3),
                 }
             )
-            report.progress(batch=batch, layers=rows)
+            progress(batch=batch, layers=rows)
     return {"batch": batch, "layers": rows}
 
 
-def graphed_speed(report: ModuleType, name: str = "r3d_18") -> dict[str, Any]:
+def graphed_speed(name: str = "r3d_18") -> dict[str, Any]:
     """Batch 1 as one CUDA graph: the eager pass's bits, also for new data and a second shape, and its time."""
-    models = {
-        engine: report._placed(name, torch.bfloat16, engine == "fused") for engine in ("stock", "fused")
-    }
+    models = {engine: placed(name, torch.bfloat16, engine == "fused") for engine in ("stock", "fused")}
     clips = [
         measure.clip(n, seed=n).to("cuda", torch.bfloat16, memory_format=torch.channels_last_3d)
         for n in (1, 2)
@@ -255,10 +249,10 @@ def graphed_speed(report: ModuleType, name: str = "r3d_18") -> dict[str, Any]:
     with torch.no_grad():
         for x in (clips[0], clips[0] * 0.5, clips[1]):
             if not torch.equal(call(x), models["fused"](x)):
-                raise report.Failed(f"the graph gives another result than the pass, shape {list(x.shape)}")
+                raise Failed(f"the graph gives another result than the pass, shape {list(x.shape)}")
         x = clips[0]
         calls = {engine: functools.partial(model, x) for engine, model in models.items()}
-        seconds = report.gpu_seconds({**calls, "graphed": functools.partial(call, x)}, rounds=9)
+        seconds = gpu_seconds({**calls, "graphed": functools.partial(call, x)}, rounds=9)
     return {
         "network": name,
         "batch_1_ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
@@ -276,22 +270,18 @@ def small_calls() -> None:
                     ours()
 
 
-def sections(report: ModuleType) -> list[Any]:
-    """What gpu_report runs; `report` is that module, under whatever name it was started."""
-
-    def section(title: str, run: Any, needs: float, most: float = 60.0, kernel: str | None = None) -> Any:
-        return report.Section(title, functools.partial(run, report), needs, most, kernel)
-
+def sections() -> list[Section]:
+    """What gpu_report runs."""
     return [
-        section("sm80 convolution against float64", check_conv3d, 20, 90, "sm80"),
-        section("sm80 convolution: 200 repetitions, bitwise", check_repetitions, 5, 60, "sm80"),
-        section("max-pool and head", check_pool_and_head, 5),
-        section("uint8 clips against float64", report.quick(check_clips), 10, 90),
+        Section("sm80 convolution against float64", check_conv3d, 20, 90, "sm80"),
+        Section("sm80 convolution: 200 repetitions, bitwise", check_repetitions, 5, 60, "sm80"),
+        Section("max-pool and head", check_pool_and_head, 5),
+        Section("uint8 clips against float64", quick(check_clips), 10, 90),
         *(
-            section(f"sm80 layers, batch {n}", functools.partial(layer_speed, batch=n), 10, 60, "sm80")
+            Section(f"sm80 layers, batch {n}", functools.partial(layer_speed, batch=n), 10, 60, "sm80")
             for n in (8, 1, 32)
         ),
-        section("r3d_18 bf16 batch 1 as a CUDA graph", report.quick(graphed_speed), 10),
+        Section("r3d_18 bf16 batch 1 as a CUDA graph", quick(graphed_speed), 10),
     ]
 
 

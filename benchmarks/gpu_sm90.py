@@ -10,6 +10,8 @@ from typing import Any
 import gpu_paper
 import torch
 import torch.nn.functional as F
+from gpu_common import gpu_seconds, on_two_streams, require_op, roofline
+from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
 
 from r3d_kernels.ops.conv3d_sm90 import TILES, in_rows
@@ -307,3 +309,102 @@ def tiles(
         )
         note(rows)
     return rows
+
+
+# ---- sections ----
+
+
+def require_sm90() -> None:
+    """The compiled Hopper kernel on a GPU that runs it, or NotHere."""
+    require_op()
+    from r3d_kernels.backends import describe
+
+    if not any(arch.startswith("9.0a") for arch in describe()["cuda_archs"]):
+        raise NotHere("the package was not compiled for 9.0a")
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise NotHere("this GPU is not of compute capability 9.0")
+
+
+def check_sm90() -> dict[str, Any]:
+    require_sm90()
+    rows = check(note=lambda rows: progress(rows=rows))
+    bad = [row for row in rows if not row["worst"] <= 1]
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} runs are wrong, first {bad[0]}", {"rows": rows})
+    return {"runs": len(rows), "worst": max(row["worst"] for row in rows)}
+
+
+def check_sm90_trial() -> dict[str, Any]:
+    """What `backends` asks before a layer may use a tile: bits of those that work, for whole and odd channels."""
+    require_sm90()
+    from r3d_kernels.ops import conv3d_sm90
+
+    index = torch.cuda.current_device()
+    found = {
+        name: conv3d_sm90.proven_tiles(index, padded) for name, padded in (("whole", False), ("odd", True))
+    }
+    if index in conv3d_sm90.refused:
+        raise Failed(conv3d_sm90.refused[index])
+    wrong = {
+        name: ["x".join(map(str, tile)) for i, tile in enumerate(conv3d_sm90.TILES) if not bits >> i & 1]
+        for name, bits in found.items()
+    }
+    if any(wrong.values()):
+        raise Failed(f"tiles that fail their trial and are not used: {wrong}", {"refused": wrong})
+    return {"tiles": len(conv3d_sm90.TILES)}
+
+
+def check_sm90_repetitions(count: int = 200) -> dict[str, Any]:
+    require_sm90()
+    found = different_bits(count)
+    if any(found.values()):
+        raise Failed(f"repetitions of {count} that differ: {found}", found)
+    return {"repetitions": count, "problems": len(found)}
+
+
+def check_sm90_graph() -> dict[str, Any]:
+    """Captured with its split sum and the counters that this clears, and replayed on new data."""
+    require_sm90()
+    problem = ConvProblem.parse("n1c512d2h7w7k512f3p1+res+relu")
+    w = work(problem, torch.bfloat16)
+    w.ours()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = w.ours()
+    for seed in (1, 2):
+        w.x.copy_(work(problem, torch.bfloat16, seed=seed).x)
+        graph.replay()
+        if not torch.equal(y, w.ours()):
+            raise Failed("a replayed graph gives another result than the call")
+    return {"replays": 2}
+
+
+def check_sm90_streams() -> dict[str, Any]:
+    """Two streams at once: a split sum, of whose workspace each call needs one of its own, and a large one."""
+    require_sm90()
+    texts = ("n1c512d2h7w7k512f3p1+res+relu", "n2c128d4h28w28k128f3p1+relu")
+    calls = [work(ConvProblem.parse(text), torch.bfloat16, seed=i).ours for i, text in enumerate(texts)]
+    return on_two_streams(calls)
+
+
+def sm90_speed(network: str, batch: int) -> dict[str, Any]:
+    require_sm90()
+    from r3d_kernels.ops.conv3d_sm90 import proven_tiles
+
+    usable = partial(proven_tiles, torch.cuda.current_device())
+    rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
+    head = {"network": network, "batch": batch, "matmul_tflop_per_s": rate}
+    seconds = partial(gpu_seconds, rounds=9)
+    rows = speed(
+        seconds, rate, network, batch, note=lambda rows: progress(layers=rows, **head), usable=usable
+    )
+    return {**head, "layers": rows, **shares(rows)}
+
+
+def sm90_tiles(network: str, batch: int) -> dict[str, Any]:
+    """Every tile on every layer: whether the rule that chooses among them is right."""
+    require_sm90()
+    seconds = partial(gpu_seconds, rounds=3, sample=2e-3)
+    rows = tiles(seconds, network, batch, note=lambda rows: progress(layers=rows))
+    return {"layers": rows, "least_chosen_over_best": min(row["best_us"] / row["chosen_us"] for row in rows)}

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import measure
 import torch
 import torch.nn.functional as F
+from gpu_bn_act import SHAPES, epilogue
+from gpu_common import FP32_PROMISE, gpu_seconds, largest, roofline
+from gpu_networks import network_layers
+from gpu_sections import Failed, Section
+from gpu_triton_layers import require_triton
 from torch import Tensor
 
 from r3d_kernels.problems import ConvProblem
@@ -67,15 +71,15 @@ def _check_norm(
         yield what, float((got.double() - want).norm()) / max(size, 1e-30)
 
 
-def check_norm_and_pools(report: ModuleType, device: str = "cuda") -> dict[str, Any]:
+def check_norm_and_pools(device: str = "cuda") -> dict[str, Any]:
     """Training norm and its gradients, max-pool bit for bit as torch's with NaN, average and head, against float64."""
-    report.require_triton()
+    require_triton()
     from r3d_kernels.triton import pool
 
     rows: list[dict[str, Any]] = []
 
     def note(dtype: torch.dtype, what: str, about: object, error: float) -> None:
-        allowed = report.FP32_PROMISE if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        allowed = FP32_PROMISE if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         rows.append(
             {"dtype": _name(dtype), "what": what, "about": str(about), "error": error, "allowed": allowed}
         )
@@ -107,23 +111,76 @@ def check_norm_and_pools(report: ModuleType, device: str = "cuda") -> dict[str, 
                 note(dtype, what, channels, float((y.double() - want).norm() / want.norm()))
     bad = [row for row in rows if not row["error"] <= row["allowed"]]
     if bad:
-        raise report.Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
-    return {"cases": len(rows), "largest_error": report._largest(rows)}
+        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "largest_error": largest(rows)}
+
+
+def triton_norm_speed() -> dict[str, Any]:
+    """Training batch norm + residual + ReLU, forward and backward: its share of the speed of a copy."""
+    require_triton()
+    from r3d_kernels.triton import norm
+
+    copy_speed, rows = roofline()["copy_gbyte_per_s"], []
+    cached = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            e = epilogue(shape, dtype)
+            leaves = [t.requires_grad_() for t in (e.x, e.scale, e.shift, e.residual)]
+            dy = torch.randn_like(e.x)
+
+            def ours(leaves=leaves, dy=dy) -> Any:
+                x, gamma, beta, residual = leaves
+                return torch.autograd.grad(norm.batch_norm_act(x, gamma, beta, residual)[0], leaves, dy)
+
+            def stock(leaves=leaves, dy=dy) -> Any:
+                x, gamma, beta, residual = leaves
+                y = F.relu(F.batch_norm(x, None, None, gamma, beta, True) + residual)
+                return torch.autograd.grad(y, leaves, dy)
+
+            seconds = gpu_seconds({"ours": ours, "stock": stock}, rounds=9)
+            rows.append(norm_row(shape, dtype, seconds, e.x.numel() * e.x.element_size(), copy_speed, cached))
+    return {"copy_gbyte_per_s": copy_speed, "norm_rows": rows, "share_of_copy": norm_share(rows)}
+
+
+def norm_row(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    seconds: dict[str, float],
+    size: int,
+    copy_speed: float,
+    cached: int,
+) -> dict[str, Any]:
+    """`size`: bytes of one tensor; `cached`: bytes of the L2 cache."""
+    # forward: x twice, residual, y; backward: x, y, dy twice, dx, dresidual
+    moved = 12 * size
+    return {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+        "share_of_copy": round(moved / seconds["ours"] / 1e9 / copy_speed, 3),
+        # Only there is the speed of a copy the limit; smaller ones are bound by launches, or faster than memory.
+        "beyond_l2": size > cached,
+    }
+
+
+def norm_share(rows: Sequence[dict[str, Any]]) -> float | None:
+    """What the floor is held against: the least share among bfloat16 tensors that do not fit into the L2 cache."""
+    shares = [r["share_of_copy"] for r in rows if r["dtype"] == "bfloat16" and r["beyond_l2"]]
+    return min(shares, default=None)
 
 
 def gradient_speed(
-    report: ModuleType,
     problems: Sequence[tuple[ConvProblem, int]] | None = None,
     dtype_name: str = "bf16",
     device: str = "cuda",
     timer: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Each layer's two gradients: ours as the tuner chose them, and cuDNN's. `problems`: with how often they occur."""
-    report.require_triton()
+    require_triton()
     from r3d_kernels.triton import conv3d
 
-    problems = report.network_layers("r3d_18", 8) if problems is None else problems
-    timer = timer or report.gpu_seconds
+    problems = network_layers("r3d_18", 8) if problems is None else problems
+    timer = timer or gpu_seconds
     dtype, rows = measure.DTYPES[dtype_name], []
     for p, count in problems:
         t = p.tensors(dtype, device=device)
@@ -164,17 +221,16 @@ HEAD = ((8, 512, 2, 7, 7), 400)
 
 
 def pool_speed(
-    report: ModuleType,
     device: str = "cuda",
     timer: Callable[..., dict[str, float]] | None = None,
     pools: dict[str, Any] = POOLS,
     head: Any = HEAD,
 ) -> dict[str, Any]:
     """Max-pool and head through each backend that has them, and what "auto" makes of it."""
-    report.require_triton()
+    require_triton()
     from r3d_kernels import backend, ops
 
-    timer, rows = timer or report.gpu_seconds, []
+    timer, rows = timer or gpu_seconds, []
     for dtype in (torch.bfloat16, torch.float32):
 
         def through(name: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -200,14 +256,10 @@ def pool_speed(
     return {"pools": rows}
 
 
-def sections(report: ModuleType) -> list[Any]:
-    """What gpu_report runs; `report` is that module, under whatever name it was started."""
-
-    def section(title: str, run: Any, needs: float) -> Any:
-        return report.Section(title, functools.partial(run, report), needs)
-
+def sections() -> list[Section]:
+    """What gpu_report runs."""
     return [
-        section("Triton: norm and pools against float64", check_norm_and_pools, 20),
-        section("Triton: gradients of r3d_18 bf16 batch 8", gradient_speed, 60),
-        section("Triton: pools", pool_speed, 10),
+        Section("Triton: norm and pools against float64", check_norm_and_pools, 20),
+        Section("Triton: gradients of r3d_18 bf16 batch 8", gradient_speed, 60),
+        Section("Triton: pools", pool_speed, 10),
     ]

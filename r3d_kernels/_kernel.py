@@ -86,6 +86,8 @@ class Kernel(Protocol):
     #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
     #   private   tried before it may be chosen
     #   compared  and held against the stock layers then
+    #   prepare(requests, told)   does together, beforehand, what each would do at its first call (`prepare`)
+    #   remembers(request)        tells of more keys in the tuning cache
     #   quiet     one more tile of another kernel: why it cannot run is not told
 
 

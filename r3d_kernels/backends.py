@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -48,6 +48,7 @@ __all__ = [
     "Record",
     "Request",
     "backend",
+    "cache_keys",
     "candidates",
     "capturing",
     "choose",
@@ -56,6 +57,7 @@ __all__ = [
     "describe",
     "explain",
     "fp32_mode",
+    "prepare",
     "settings",
     "synchronize",
     "tf32_allowed",
@@ -593,6 +595,34 @@ def cache_key(request: Request, asked: str) -> tuple[str, str]:
     if request.device.type == "cuda" and torch.backends.cudnn.benchmark:
         parts.append("cudnn.benchmark")  # cuDNN is another competitor then
     return tuning.machine_key(request.device, describe()["isa"]), " ".join([str(request), *parts])
+
+
+def cache_keys(request: Request) -> list[tuple[str, str]]:
+    """All (machine, problem) under which the tuning cache may have something about a request asked for now."""
+    keys = [cache_key(request, current_backend())]
+    for kernel in KERNELS:
+        remembers = getattr(kernel, "remembers", None)
+        if remembers is not None and kernel.can_run(request) is None:
+            keys += remembers(request)
+    return keys
+
+
+def prepare(requests: Iterable[Request], told: Callable[[int, int], None]) -> None:
+    """What kernels can do for all requests together before `choose_for` measures each: compile, several at once.
+
+    Args:
+        requests: of one device; what the tuning cache knows is left alone.
+        told: is called with how much is done, of how much.
+    """
+    asked, waiting = current_backend(), {}
+    for request in dict.fromkeys(requests):
+        able, _ = candidates(request, asked)
+        if _known(request, asked, able) is None:
+            for kernel in able:
+                waiting.setdefault(kernel.name, (kernel, []))[1].append(request)
+    for kernel, wanted in waiting.values():
+        if (run := getattr(kernel, "prepare", None)) is not None:
+            run(wanted, told)
 
 
 def _known(request: Request, asked: str, able: list[Kernel]) -> Choice | None:

@@ -18,12 +18,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import gpu_bn_act
+import gpu_common
+import gpu_floors
+import gpu_networks
+import gpu_picture
 import gpu_report
+import gpu_sanitizer
 import gpu_sections
 import gpu_sm80
 import gpu_sm90
+import gpu_triton
+import gpu_triton_layers
 import measure
-from gpu_report import Failed, NotHere, Report, Section, progress
+from gpu_sections import Failed, NotHere, Report, Section, progress
 
 
 class Clock:
@@ -316,7 +324,7 @@ def test_plan() -> None:
             assert section.kernel == "wgmma"
         assert section.needs <= section.most
     # In ten minutes there is time for all that has a floor, even if every section before takes its most.
-    floors = {name for floor in gpu_report.FLOORS for name in floor.sections}
+    floors = {name for floor in gpu_floors.FLOORS for name in floor.sections}
     ours = [s for s in sections if s.name in floors and "Triton" not in s.name and "autotune" not in s.name]
     checks = [s for s in sections[: max(map(sections.index, ours)) + 1] if s not in ours]
     assert sum(s.needs for s in ours) + sum(s.needs for s in checks) < 300
@@ -375,7 +383,7 @@ def test_main_writes_the_file(in_this_process: None, monkeypatch: pytest.MonkeyP
     assert data["sections"][0]["data"] == {"x": "nan"}
     assert data["machine"]["versions"]["torch"]
     assert data["kernels_left_out"] == {}
-    assert [row["holds"] for row in data["floors"]] == ["not measured"] * len(gpu_report.FLOORS)
+    assert [row["holds"] for row in data["floors"]] == ["not measured"] * len(gpu_floors.FLOORS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_report.json", "gpu_report.png"]
 
 
@@ -469,28 +477,28 @@ def test_picture(tmp_path: Path) -> None:
         {"status": "measured", "data": {"copy_gbyte_per_s": 1.0, "rows": [row]}},
         {"status": "measured", "data": network},
     ]
-    gpu_report.draw(tmp_path / "a.png", {"sections": sections})
+    gpu_picture.draw(tmp_path / "a.png", {"sections": sections})
     assert (tmp_path / "a.png").stat().st_size > 1000
     layer = {"layer": "layer1.0.conv1", "share_of_matmul": 0.6}
     layers = {"network": "r3d_18", "batch": 32, "matmul_tflop_per_s": 700.0, "layers": [layer]}
     sections.append({"status": "not measured", "data": layers, "data_is": "what was known when it ended"})
-    assert [bar[:2] for bar in gpu_report._layer_bars([layers, network])] == [
+    assert [bar[:2] for bar in gpu_picture._layer_bars([layers, network])] == [
         ("r3d_18 b32 layer1.0.conv1", 0.6)
     ]
-    gpu_report.draw(tmp_path / "b.png", {"sections": sections})
+    gpu_picture.draw(tmp_path / "b.png", {"sections": sections})
     assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
     # A number that could not be measured is text in JSON, and no bar.
     row["share_of_copy"] = "nan"
-    assert gpu_report._copy_bars([{"copy_gbyte_per_s": 1.0, "rows": [row]}]) == []
+    assert gpu_picture._copy_bars([{"copy_gbyte_per_s": 1.0, "rows": [row]}]) == []
     # Where nothing was measured, the picture tells what became of the sections.
     nothing = [{"name": "environment", "status": "failed", "reason": "no data"}]
-    gpu_report.draw(tmp_path / "c.png", {"sections": nothing})
+    gpu_picture.draw(tmp_path / "c.png", {"sections": nothing})
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_floors() -> None:
     """Evaluated from what was measured; what was not measured neither holds nor fails."""
-    nothing = gpu_report.floors([])
+    nothing = gpu_floors.floors([])
     assert (
         [row["holds"] for row in nothing]
         == [row["value"] for row in nothing]
@@ -507,40 +515,40 @@ def test_floors() -> None:
         "Triton: training norm": {"share_of_copy": None},
     }
     entries = [{"name": n, "status": "measured", "data": v} for n, v in data.items()]
-    holds = [row["holds"] for row in gpu_report.floors(entries)]
+    holds = [row["holds"] for row in gpu_floors.floors(entries)]
     # The best of two compilers is not known before both are measured.
     unknown = "not measured"
     assert holds == [True, unknown, True, False, unknown, False, unknown, False, unknown]
     entries.append(
         {"name": f"{eager}, max-autotune", "status": "measured", "data": {"faster_than_best_compile": 1.2}}
     )
-    assert gpu_report.floors(entries)[1]["value"] == 1.2
+    assert gpu_floors.floors(entries)[1]["value"] == 1.2
     # A number that is none is text in JSON.
     entries[2]["data"] = {"least_share_wide": "nan", "least_share_64": 0.5}
-    assert [row["holds"] for row in gpu_report.floors(entries)[2:4]] == [unknown, True]
+    assert [row["holds"] for row in gpu_floors.floors(entries)[2:4]] == [unknown, True]
     entries[2]["data"] = {"least_share_wide": 0.61, "least_share_64": 0.44}
     # What a section knew before it was ended is no measurement.
     entries[0]["status"] = "not measured"
-    assert gpu_report.floors(entries)[0]["holds"] == "not measured"
+    assert gpu_floors.floors(entries)[0]["holds"] == "not measured"
 
     environment = {"name": "environment", "status": "measured", "data": {"gpu": "NVIDIA H100"}}
-    row = gpu_report.floors([environment, *entries])[3]
-    assert "does not hold, on NVIDIA H100 and not on the H200" in gpu_report._verdict(row)
+    row = gpu_floors.floors([environment, *entries])[3]
+    assert "does not hold, on NVIDIA H100 and not on the H200" in gpu_floors.verdict(row)
     environment["data"]["gpu"] = "NVIDIA H200"
-    row = gpu_report.floors([environment, *entries])[3]
-    assert gpu_report._verdict(row) == "does not hold"
-    assert gpu_report._verdict(gpu_report.floors([])[0]) == "not measured"
+    row = gpu_floors.floors([environment, *entries])[3]
+    assert gpu_floors.verdict(row) == "does not hold"
+    assert gpu_floors.verdict(gpu_floors.floors([])[0]) == "not measured"
 
 
 def test_floors_are_of_sections_that_the_plan_has() -> None:
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
-    assert all(name in names for floor in gpu_report.FLOORS for name in floor.sections)
+    assert all(name in names for floor in gpu_floors.FLOORS for name in floor.sections)
 
 
 def test_floors_stand_in_the_file_and_on_the_screen(
     in_this_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    floor = gpu_report.FLOORS[-2]
+    floor = gpu_floors.FLOORS[-2]
     sections = [
         Section("environment", lambda: {"gpu": "NVIDIA H200"}),
         Section(floor.sections[0], lambda: {floor.value: 1.5}),
@@ -555,25 +563,25 @@ def test_floors_stand_in_the_file_and_on_the_screen(
 
 
 def test_commands_under_a_sanitizer_are_ended_with_their_children(tmp_path: Path) -> None:
-    assert gpu_report._sanitized([sys.executable, "-c", "pass"], 600.0) == "clean"
-    assert gpu_report._sanitized([sys.executable, "-c", "pass"], 0.5) == "not measured: no time was left"
+    assert gpu_sanitizer._sanitized([sys.executable, "-c", "pass"], 600.0) == "clean"
+    assert gpu_sanitizer._sanitized([sys.executable, "-c", "pass"], 0.5) == "not measured: no time was left"
     pid = tmp_path / "pid"
-    said = gpu_report._sanitized(["sh", "-c", f"sleep 600 & echo $! > {pid}; sleep 600"], 3.0)
+    said = gpu_sanitizer._sanitized(["sh", "-c", f"sleep 600 & echo $! > {pid}; sleep 600"], 3.0)
     assert said == "not measured: took longer than 3 s"
     assert not alive(int(pid.read_text()))
     lines = ("========= Invalid __global__ read", "noise", "========= ERROR SUMMARY: 1 error")
     bad = "; ".join(f"print('{line}')" for line in lines) + "; exit(9)"
-    said = gpu_report._sanitized([sys.executable, "-c", bad], 600.0)
+    said = gpu_sanitizer._sanitized([sys.executable, "-c", bad], 600.0)
     assert said == "exit code 9: Invalid __global__ read ERROR SUMMARY: 1 error ERROR SUMMARY: 1 error"
     seen = "import os; exit(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] != '1')"
-    assert gpu_report._sanitized([sys.executable, "-c", seen], 600.0) == "clean"
+    assert gpu_sanitizer._sanitized([sys.executable, "-c", seen], 600.0) == "clean"
 
 
 def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter(["clean", "exit code 9: Race", "not measured: took longer than 9 s"])
     seconds: list[float] = []
-    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
-    monkeypatch.setattr(gpu_report, "sanitizer_path", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_sanitizer, "require_op", lambda: None)
+    monkeypatch.setattr(gpu_sanitizer, "sanitizer_path", lambda: "compute-sanitizer")
     commands: list[list[str]] = []
 
     def sanitized(command: list[str], s: float) -> str:
@@ -581,9 +589,9 @@ def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         commands.append(command)
         return next(said)
 
-    monkeypatch.setattr(gpu_report, "_sanitized", sanitized)
+    monkeypatch.setattr(gpu_sanitizer, "_sanitized", sanitized)
     with pytest.raises(Failed, match="racecheck: exit code 9: Race") as caught:
-        gpu_report.sanitize(lambda: 93.0)
+        gpu_sanitizer.sanitize(lambda: 93.0)
     assert caught.value.data["memcheck"] == "clean"
     assert caught.value.data["synccheck"].startswith("not measured")
     assert seconds == [30.0, 45.0, 90.0]  # a third of what is left, a half, all
@@ -596,20 +604,20 @@ def test_every_sanitizer_check_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_norms_share_is_that_of_tensors_beyond_the_cache() -> None:
     def row(dtype: torch.dtype, seconds: float, size: int) -> dict[str, Any]:
-        return gpu_report.norm_row((1,), dtype, {"ours": seconds}, size, 1000.0, 50_000_000)
+        return gpu_triton.norm_row((1,), dtype, {"ours": seconds}, size, 1000.0, 50_000_000)
 
     large = [row(torch.bfloat16, 1.5e-3, 100_000_000), row(torch.bfloat16, 1.6e-3, 100_000_000)]
     assert [r["share_of_copy"] for r in large] == [0.8, 0.75]  # twelve tensors over the time, of 1000 GB/s
     small, wide = row(torch.bfloat16, 1.0, 10_000_000), row(torch.float32, 1.0, 100_000_000)
-    assert gpu_report.norm_share([small, *large, wide]) == 0.75
-    assert gpu_report.norm_share([small, wide]) is None
+    assert gpu_triton.norm_share([small, *large, wide]) == 0.75
+    assert gpu_triton.norm_share([small, wide]) is None
 
 
 def test_inductors_template_is_not_taken_for_granted() -> None:
     """On a CPU inductor has none: it says so, and nothing else is measured under its name."""
     x, weight = torch.randn(1, 4, 3, 5, 5), torch.randn(4, 4, 3, 3, 3)
     with pytest.raises(NotHere, match=r"choice|template"), torch.no_grad():
-        gpu_report.inductor_template(lambda x, w: torch.nn.functional.conv3d(x, w).relu(), (x, weight))
+        gpu_triton_layers.inductor_template(lambda x, w: torch.nn.functional.conv3d(x, w).relu(), (x, weight))
 
 
 def test_inductor_may_choose_among_its_templates_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,32 +634,32 @@ def test_inductor_may_choose_among_its_templates_only(monkeypatch: pytest.Monkey
     monkeypatch.setattr(utils, "run_and_get_code", compiled)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     before = inductor.max_autotune_conv_backends
-    assert gpu_report.inductor_template(torch.relu, (torch.ones(2),))(torch.ones(1)) == 1
+    assert gpu_triton_layers.inductor_template(torch.relu, (torch.ones(2),))(torch.ones(1)) == 1
     assert seen == [(True, "TRITON")]
     assert inductor.max_autotune_conv_backends == before
     sources[:] = ["extern_kernels.convolution(...)"]
     with pytest.raises(NotHere, match="another way"):
-        gpu_report.inductor_template(torch.relu, (torch.ones(2),))
+        gpu_triton_layers.inductor_template(torch.relu, (torch.ones(2),))
 
 
 def test_checks_on_the_cpu_twin() -> None:
     """The checks themselves, on the operation's CPU kernel."""
-    data = gpu_report.check_bn_act(device="cpu")
-    assert data["cases"] == 2 * len(gpu_report.CHANNELS) * 4
-    assert data["largest_error"]["float32"] < gpu_report.FP32_PROMISE
-    assert gpu_report.check_repetitions(3, device="cpu") == {"repetitions": 3}
+    data = gpu_bn_act.check_bn_act(device="cpu")
+    assert data["cases"] == 2 * len(gpu_bn_act.CHANNELS) * 4
+    assert data["largest_error"]["float32"] < gpu_common.FP32_PROMISE
+    assert gpu_bn_act.check_repetitions(3, device="cpu") == {"repetitions": 3}
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
-    monkeypatch.setattr(gpu_report, "CHANNELS", (3,))
-    monkeypatch.setattr(gpu_report.Epilogue, "ours", lambda e: e.stock() * (1.0 if e.x.numel() % 2 else 1.01))
+    monkeypatch.setattr(gpu_bn_act, "require_op", lambda: None)
+    monkeypatch.setattr(gpu_bn_act, "CHANNELS", (3,))
+    monkeypatch.setattr(gpu_bn_act.Epilogue, "ours", lambda e: e.stock() * (1.0 if e.x.numel() % 2 else 1.01))
     with pytest.raises(Failed, match="cases are wrong") as caught:
-        gpu_report.check_bn_act(device="cpu")
+        gpu_bn_act.check_bn_act(device="cpu")
     assert len(caught.value.data["rows"]) == 8
-    monkeypatch.setattr(gpu_report.Epilogue, "ours", lambda e: e.stock() + math.nan)
+    monkeypatch.setattr(gpu_bn_act.Epilogue, "ours", lambda e: e.stock() + math.nan)
     with pytest.raises(Failed, match="8 of 8 cases are wrong"):
-        gpu_report.check_bn_act(device="cpu")
+        gpu_bn_act.check_bn_act(device="cpu")
 
 
 # ---- gpu_sm80.py ----
@@ -659,14 +667,14 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert gpu_report.check_second_device(("cpu", "cpu"), graphs=False)["errors"] == [0.0, 0.0]
+    assert gpu_networks.check_second_device(("cpu", "cpu"), graphs=False)["errors"] == [0.0, 0.0]
     answers = iter([1.0, 1.0, 1.3])
     monkeypatch.setattr(measure, "relative_error", lambda *_: next(answers))
     with pytest.raises(Failed, match="the answers of cpu, cpu differ"):
-        gpu_report.check_second_device(("cpu", "cpu"), graphs=False)
+        gpu_networks.check_second_device(("cpu", "cpu"), graphs=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NotHere, match="needs 2 GPUs, found 1"):
-        gpu_report.check_second_device()
+        gpu_networks.check_second_device()
 
 
 def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,12 +682,12 @@ def test_the_sm80_checks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     small = [g for g in gpu_sm80.GEOMETRIES if "c512" not in g]
     monkeypatch.setattr(gpu_sm80, "GEOMETRIES", (*small[:9], small[0]))
     monkeypatch.setattr(gpu_sm80, "DTYPES", (torch.float32, torch.bfloat16))
-    assert gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")["cases"] == 20
-    assert gpu_sm80.check_repetitions(gpu_report, 2, device="cpu", kernel="direct") == {"repetitions": 2}
-    assert gpu_sm80.check_pool_and_head(gpu_report, device="cpu") == {"cases": 24}
-    assert gpu_sm80.check_clips(gpu_report, device="cpu")["worst"] < 1e-5
+    assert gpu_sm80.check_conv3d(device="cpu", kernel="direct")["cases"] == 20
+    assert gpu_sm80.check_repetitions(2, device="cpu", kernel="direct") == {"repetitions": 2}
+    assert gpu_sm80.check_pool_and_head(device="cpu") == {"cases": 24}
+    assert gpu_sm80.check_clips(device="cpu")["worst"] < 1e-5
     with pytest.raises(NotHere, match="sm80: needs a CUDA tensor, got cpu"):
-        gpu_sm80.check_conv3d(gpu_report, device="cpu")
+        gpu_sm80.check_conv3d(device="cpu")
 
 
 def test_the_sm80_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,7 +700,7 @@ def test_the_sm80_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(gpu_sm80.Problem, "call", swapped)
     with pytest.raises(Failed, match="3 of 3 cases are wrong"):
-        gpu_sm80.check_conv3d(gpu_report, device="cpu", kernel="direct")
+        gpu_sm80.check_conv3d(device="cpu", kernel="direct")
 
 
 def test_the_sm80_kernel_on_paper() -> None:
@@ -807,12 +815,12 @@ def test_the_hopper_cases_and_a_wrong_result(monkeypatch: pytest.MonkeyPatch) ->
     assert len(set(gpu_sm90.ConvProblem.parse(rows[0]["problem"]).padding)) == 3
     assert set(gpu_sm90.different_bits(2, device="cpu").values()) == {0}
 
-    monkeypatch.setattr(gpu_report, "require_sm90", lambda: None)
+    monkeypatch.setattr(gpu_sm90, "require_sm90", lambda: None)
     monkeypatch.setattr(gpu_sm90, "check", lambda note: rows)
-    assert gpu_report.check_sm90()["runs"] == len(rows)
+    assert gpu_sm90.check_sm90()["runs"] == len(rows)
     monkeypatch.setattr(gpu_sm90, "check", lambda note: [*rows, {**rows[0], "worst": math.nan}])
     with pytest.raises(Failed, match="1 of"):
-        gpu_report.check_sm90()
+        gpu_sm90.check_sm90()
 
 
 def test_a_wrong_hopper_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -944,18 +952,18 @@ def test_fused_networks_do_not_wait_for_triton() -> None:
     from r3d_kernels import backends
 
     before = list(backends.KERNELS)
-    with gpu_report.quick_choice():
+    with gpu_networks.quick_choice():
         assert {k.backend for k in before} - {k.backend for k in backends.KERNELS} == {"triton"}
     assert before == backends.KERNELS
-    assert gpu_report.quick(lambda a, b: {"sum": a + b})(1, b=2) == {"sum": 3}
+    assert gpu_networks.quick(lambda a, b: {"sum": a + b})(1, b=2) == {"sum": 3}
 
 
 def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "require_op", lambda: None)
+    monkeypatch.setattr(gpu_sm90, "require_op", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(NotHere, match=r"9\.0"):
-        gpu_report.check_sm90()
+        gpu_sm90.check_sm90()
     with pytest.raises(NotHere, match=r"9\.0"):
-        gpu_report.sm90_tiles("r3d_18", 8)
+        gpu_sm90.sm90_tiles("r3d_18", 8)
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
     assert names.index("conv3d_sm90 against float64") < names.index("conv3d_sm90 speed, r3d_18 batch 32")

@@ -1,8 +1,9 @@
 """Measures which kernel is the fastest for every layer of the given networks, and remembers it.
 
 Fused layers do the same by themselves at their first call; this does it beforehand, for any number of networks and
-shapes, and shows the result. What the tuning cache has already is not measured again, unless --clear forgets it
-first. Results hold for this processor, this number of threads and these versions of torch and of this package.
+shapes, and shows the result. On a GPU it compiles the Triton kernels of all layers together first, on several cores.
+What the tuning cache has already is not measured again, unless --clear forgets it first. Results hold for this
+processor, this number of threads and these versions of torch and of this package.
 
   r3d-kernels tune --arch r3d_18,r3d_50 --batch 1,8 --dtype fp32,bf16 --threads 2
   r3d-kernels tune --arch hara_r3d_18 --in-channels 1 --frames 96 --size 96
@@ -256,8 +257,8 @@ def _forget(args: argparse.Namespace, jobs: list[tuple[str, Layers]], device: to
     if args.clear_all:
         tuning.shared.clear()
     elif args.clear:
-        asked = backends.current_backend()
-        keys = [backends.cache_key(request, asked) for request in _requests(jobs, args.dtype, device)]
+        requests = _requests(jobs, args.dtype, device)
+        keys = [key for request in requests for key in backends.cache_keys(request)]
         for machine in {machine for machine, _ in keys}:
             tuning.shared.forget(machine, [problem for m, problem in keys if m == machine])
 
@@ -271,6 +272,11 @@ def _measure(
 
     rows = []
     with _progress(err) as progress:
+        compiling = progress.add_task("compiling", total=None, visible=False)
+        backends.prepare(
+            _requests(jobs, dtypes, device),
+            lambda done, total: progress.update(compiling, completed=done, total=total, visible=done < total),
+        )
         task = progress.add_task("", total=len(dtypes) * sum(len(layers) for _, layers in jobs))
         for network, layers in jobs:
             for dtype in dtypes:

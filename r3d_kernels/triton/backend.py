@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,25 @@ class TritonConv3d:
         if p.groups > configs.MAX_GROUPS:
             return f"has at most {configs.MAX_GROUPS} groups, got {p.groups}"
         return None
+
+    def prepare(self, requests: Sequence[Request], told: Callable[[int, int], None]) -> None:
+        """Compiles what the first calls of these requests, all of one device, will measure: once, several at once."""
+        if interpreted():  # nothing is compiled
+            return
+        from r3d_kernels.triton import ahead, conv3d
+
+        jobs = [job for r in requests for job in conv3d.jobs(r.problem, r.dtype, r.device)]
+        device, total = requests[0].device, len({job.key for job in jobs})
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        count = itertools.count(1)
+        ahead.compile_all(jobs, device, done=lambda: told(next(count), total))
+
+    def remembers(self, request: Request) -> list[tuple[str, str]]:
+        from r3d_kernels.triton import tuner
+
+        precision = configs.precision_of(request.dtype)
+        return [tuner.cache_key(tuner.FORWARD, request.problem, request.dtype, precision, request.device)]
 
     def pack_key(self, request: Request) -> Hashable:
         return request.dtype

@@ -228,7 +228,11 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "packed 128x64x32 w8 s2 g8 k1",
         "packed 64x64x32 w4 s2 g8 k1",
     ),
-    ("tf32", "odd"): ("tiled 64x64x32 w8 s2 g8 k1", "tiled 64x64x16 w4 s2 g8 k1"),
+    ("tf32", "odd"): (
+        "tiled 64x64x32 w8 s2 g8 k1",
+        "tiled 64x64x16 w4 s2 g8 k1 @-85",  # spills on 8.6
+        "tiled 64x64x16 w4 s2 g8 k1 @90-",
+    ),
     ("ieee", "odd"): ("tiled 64x64x16 w8 s2 g8 k1",),
     ("ieee", "wide"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
     ("ieee", "narrow"): ("tiled 64x64x16 w4 s3 g8 k1", "tiled 64x64x16 w8 s3 g8 k1 @-99"),
@@ -287,7 +291,7 @@ _WEIGHT_GRAD: dict[tuple[str, bool], tuple[str, ...]] = {
     ("half", False): (
         "pixels 64x128x128 w8 s3 g8 k1",
         "pixels 64x64x64 w4 s3 g8 k1",
-        "pixels 64x128x256 w8 s3 g8 k1 @90-",
+        "pixels 64x128x256 w8 s3 g8 k1 @90-119",  # spills on 12.0
         "pixels 32x64x128 w4 s4 g8 k1",
     ),
     ("half", True): (

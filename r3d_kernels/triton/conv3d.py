@@ -11,6 +11,7 @@ Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, describes
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from r3d_kernels import _check, tuning
 from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import ahead, tuner
 from r3d_kernels.triton import config as configs
-from r3d_kernels.triton import tuner
 from r3d_kernels.triton.config import Config
 from r3d_kernels.triton.launch import Forward, InputGrad, WeightGrad, channels_last, check_operand
 
@@ -72,6 +73,7 @@ def conv3d(
     Raises:
         TypeError: for a wrong type or a mix of dtypes.
         ValueError: for wrong shapes, an impossible geometry, a mix of devices, an unknown activation.
+        RuntimeError: for a first call inside the capture of a CUDA graph. The gradients, too, are called once before.
     """
     _check.tensor(x, "x")
     _check.tensor(weight, "weight")
@@ -170,6 +172,27 @@ def chosen(
     operands = (x, weight, scale, bias, residual)
     config, final = tuner.config_for(tuner.FORWARD, problem, precision, launch, operands)
     return launch(config), final
+
+
+def jobs(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> list[ahead.Job]:
+    """What is compiled before a layer is measured; nothing where an earlier measurement is remembered."""
+    precision = configs.precision_of(dtype)
+    able = configs.candidates(problem, dtype, precision, configs.machine(device))
+    place = tuner.cache_key(tuner.FORWARD, problem, dtype, precision, device)
+    if problem.n == 0 or tuner.remembered(place, able) is not None:
+        return []
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last_3d)
+
+    x, weight = tensor(*problem.in_shape), tensor(*problem.weight_shape)
+    vector = torch.empty(problem.k, device="meta", dtype=torch.float32)
+    residual = tensor(*problem.out_shape) if problem.residual else None
+    with ahead.noted() as found:
+        for config in able:
+            with contextlib.suppress(Exception):  # says so when it is measured
+                forward(problem, config, precision, True, True)(x, weight, vector, vector, residual)
+    return found
 
 
 _MOST_CALLS = 4096  # kinds of calls remembered
@@ -328,6 +351,7 @@ def conv3d_input_grad(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together, by name.
+        RuntimeError: for a first call inside the capture of a CUDA graph.
     """
     _check.tensor(dy, "dy")
     _check.tensor(weight, "weight")
@@ -388,6 +412,7 @@ def conv3d_weight_grad(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together, by name.
+        RuntimeError: for a first call inside the capture of a CUDA graph.
     """
     _check.tensor(x, "x")
     _check.tensor(dy, "dy")

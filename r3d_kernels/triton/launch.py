@@ -19,8 +19,8 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import ahead, kernels
 from r3d_kernels.triton import config as configs
-from r3d_kernels.triton import kernels
 from r3d_kernels.triton.backend import interpreted
 from r3d_kernels.triton.config import Config
 
@@ -54,6 +54,11 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether what is launched for x now goes into a CUDA graph; its device has to be the current one."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Launch:
     """A kernel with its grid, sizes and constants, called with its tensors.
 
@@ -73,7 +78,10 @@ class Launch:
         self._ready: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, *tensors: Tensor, descriptors: tuple[TensorDescriptor, ...] = ()) -> None:
-        """Launches on the current device, which has to be the tensors' (`on_device`). Descriptors come first."""
+        """Launches on the current device, which has to be the tensors' (`on_device`). Descriptors come first.
+
+        Tensors without data (`ahead.like`) are noted, and nothing is launched.
+        """
         key: list[Any] = [tensors[0].get_device()]
         for t in tensors:
             key += (t.dtype, t.data_ptr() % 16 == 0)
@@ -82,12 +90,45 @@ class Launch:
         if run is not None:
             run(*descriptors, *tensors, *self._rest)
             return
+        if tensors[0].is_meta:
+            ahead.note(self._job(place, tensors, descriptors))
+            return
+        if capturing(tensors[0]):
+            self._check_loaded(tensors, descriptors)
         compiled = self._through_triton(*descriptors, *tensors, *self.sizes, **self.meta)
         # Nothing is compiled in the interpreter; on AMD more is seen of a tensor.
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
             constants = self._kernel.arg_names[len(descriptors) + len(tensors) + len(self.sizes) :]
             self._rest = (*self.sizes, *(self.meta[name] for name in constants))
             self._ready[place] = compiled[self._grid]
+
+    def _check_loaded(self, tensors: tuple[Tensor, ...], descriptors: tuple[TensorDescriptor, ...]) -> None:
+        """Raises where a launch would load the kernel: the driver forbids it now, and would end the capture."""
+        compiled = self._kernel.warmup(*descriptors, *tensors, *self.sizes, grid=self._grid, **self.meta)
+        if getattr(compiled, "module", None) is None:
+            raise RuntimeError(
+                f"Triton kernel {self._kernel.__name__}: expected it loaded before a CUDA graph is captured, got a "
+                "first call inside the capture; call the same function once before it, with these shapes and dtypes"
+            )
+
+    def _job(
+        self, place: tuple[Any, ...], tensors: tuple[Tensor, ...], descriptors: tuple[TensorDescriptor, ...]
+    ) -> ahead.Job:
+        """Its key has what Triton sees of the arguments."""
+        fixed = set(self._kernel.do_not_specialize or ())
+        sizes = [
+            (abs(size) >= _INT32, name not in fixed and (size == 1, size % 16 == 0))
+            for name, size in zip(
+                self._kernel.arg_names[len(descriptors) + len(tensors) :], self.sizes, strict=False
+            )
+        ]
+        boxes = [(d.base.dtype, tuple(d.block_shape)) for d in descriptors]
+        constants = tuple(self.meta.items())
+
+        def compile() -> object:
+            return self._kernel.warmup(*descriptors, *tensors, *self.sizes, grid=self._grid, **self.meta)
+
+        return ahead.Job((self._kernel, place, *boxes, *sizes, *constants), compile)
 
 
 def _wide(*shapes: tuple[int, ...]) -> bool:

@@ -345,6 +345,7 @@ def batch_norm_act(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together, by name.
+        RuntimeError: for a first call, or a first backward, inside the capture of a CUDA graph.
     """
     act = _check.activation(activation)
     _check.tensor(x, "x")

@@ -225,6 +225,7 @@ def max_pool3d(
 
     Raises:
         TypeError, ValueError: for wrong arguments, by name.
+        RuntimeError: for a first call inside the capture of a CUDA graph.
     """
     window = _check.pool_window(x, kernel_size, stride, padding)
     return torch.ops.r3d_kernels.triton_max_pool3d(x, *window)
@@ -274,6 +275,7 @@ def global_avg_pool3d(x: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: for wrong arguments, by name.
+        RuntimeError: for a first call inside the capture of a CUDA graph.
     """
     return torch.ops.r3d_kernels.triton_global_avg_pool3d(_check.only_batch_empty(x))
 
@@ -314,6 +316,7 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together, by name.
+        RuntimeError: for a first call inside the capture of a CUDA graph.
     """
     _check.head(x, weight, bias)
     return torch.ops.r3d_kernels.triton_avg_pool_linear(x, weight, bias)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,9 @@ from torch.nn.grad import conv3d_input, conv3d_weight
 
 from r3d_kernels import _fork, tuning
 from r3d_kernels.problems import ConvProblem
+from r3d_kernels.triton import ahead
 from r3d_kernels.triton import config as configs
+from r3d_kernels.triton.backend import interpreted
 from r3d_kernels.triton.config import Config
 from r3d_kernels.triton.launch import on_device
 from r3d_kernels.tuning import gpu_seconds
@@ -36,14 +39,18 @@ __all__ = [
     "WEIGHT_GRAD",
     "NothingWorks",
     "Task",
+    "cache_key",
+    "compiled",
     "config_for",
     "disagreement",
     "fastest",
+    "remembered",
 ]
 
 logger = logging.getLogger("r3d_kernels")
 
 BUDGET = 15.0  # seconds, compilation included, after which no configuration is begun; the default is always measured
+_COMPILING = 2 / 3  # of the budget; the rest is for measuring
 _TRIES = 3  # calls that could not be measured, after which a layer keeps its default
 _known: dict[tuple[str, str], Config] = {}  # what this process has decided
 _failed: dict[tuple[str, str], int] = {}
@@ -89,6 +96,23 @@ def _can_measure(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def cache_key(
+    task: Task, problem: ConvProblem, dtype: torch.dtype, precision: str, device: torch.device
+) -> tuple[str, str]:
+    """(machine, problem) under which the tuning cache has the configuration of a problem."""
+    words = ("triton", task.name, str(problem), str(dtype).removeprefix("torch."), precision)
+    return _machine(device), " ".join(filter(None, words))
+
+
+def remembered(place: tuple[str, str], able: Sequence[Config]) -> Config | None:
+    """What an earlier measurement chose, if it was among these candidates."""
+    entry = tuning.shared.get(*place)
+    texts = {str(c) for c in able}
+    if entry is None or entry["kernel"] not in texts or not set(entry["seconds"]) <= texts:
+        return None
+    return Config.parse(entry["kernel"])
+
+
 def config_for(
     task: Task, problem: ConvProblem, precision: str, launch: Launch, tensors: Tensors
 ) -> tuple[Config, bool]:
@@ -109,15 +133,14 @@ def config_for(
     able = task.candidates(problem, first.dtype, precision, where)
     if not _can_measure(first) or problem.n == 0 or not tuning.enabled():
         return able[0], True
-    words = ("triton", task.name, str(problem), str(first.dtype).removeprefix("torch."), precision)
-    place = _machine(first.device), " ".join(filter(None, words))
+    place = cache_key(task, problem, first.dtype, precision, first.device)
     if place in _known:
         return _known[place], True
     if torch.cuda.is_current_stream_capturing():
         return able[0], False
     with _measuring:
         if place not in _known:
-            best = _measured(task, problem, precision, launch, tensors, able, *place)
+            best = _measured(task, problem, precision, launch, tensors, able, place)
             if best is None:
                 _failed[place] = _failed.get(place, 0) + 1
                 if _failed[place] < _TRIES:
@@ -134,16 +157,13 @@ def _measured(
     launch: Launch,
     tensors: Tensors,
     able: Sequence[Config],
-    machine: str,
-    key: str,
+    place: tuple[str, str],
 ) -> Config | None:
     """The fastest configuration, from the cache or from a measurement; None where nothing can be compared now."""
     first = tensors[0]
     assert first is not None
-    remembered = tuning.shared.get(machine, key)
-    texts = {str(c) for c in able}
-    if remembered is not None and remembered["kernel"] in texts and set(remembered["seconds"]) <= texts:
-        return Config.parse(remembered["kernel"])
+    if (known := remembered(place, able)) is not None:
+        return known
     try:
         with torch.no_grad(), on_device(first):
             expected = task.reference(problem, tensors)
@@ -152,11 +172,16 @@ def _measured(
                 expected = task.reference(problem, tensors)
             if not all(torch.isfinite(e).all() for _, e in expected):
                 return None  # the next call may bring better data
-            seconds = fastest(able, launch, tensors, precision, expected, gpu_seconds, task.budget)
+            begin = time.monotonic()
+            able, failures = compiled(able, launch, tensors, _COMPILING * task.budget)
+            left = task.budget - (time.monotonic() - begin)
+            seconds = fastest(
+                able, launch, tensors, precision, expected, gpu_seconds, left, known_failures=failures
+            )
     except torch.cuda.OutOfMemoryError:  # the call itself may still fit
         return None
     best = min(seconds, key=seconds.__getitem__)
-    tuning.shared.put(machine, key, str(best), {str(c): s for c, s in seconds.items()})
+    tuning.shared.put(*place, str(best), {str(c): s for c, s in seconds.items()})
     return best
 
 
@@ -278,6 +303,57 @@ def disagreement(y: Tensor, expected: Expected, precision: str) -> str | None:
     return None
 
 
+def compiled(
+    able: Sequence[Config],
+    launch: Launch,
+    tensors: Tensors,
+    budget: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[list[Config], list[str]]:
+    """Compiles configurations, several at once, before any is launched: whoever measures must have the processor.
+
+    Args:
+        able, launch, tensors: as for `fastest`.
+        budget: seconds after which no compilation is begun.
+
+    Returns:
+        The configurations less those that do not compile, what is ready first, and why the others do not.
+    """
+    first = tensors[0]
+    assert first is not None
+    if len(able) < 2 or ahead.threads() < 2 or interpreted():
+        return list(able), []
+    stand_ins = tuple(map(ahead.like, tensors))
+    jobs: dict[Config, list[ahead.Job]] = {}
+    failures: list[str] = []
+    for config in able:
+        try:
+            with ahead.noted() as jobs[config]:
+                launch(config)(*stand_ins)
+        except Exception as e:  # noqa: PERF203 - as in `fastest`
+            failures.append(_failed_as(config, e))
+            del jobs[config]
+    every = itertools.chain.from_iterable(jobs.values())
+    found = ahead.compile_all(every, first.device, budget, clock=clock)
+    ready, left = [], []
+    for config, needed in jobs.items():
+        error = next(filter(None, (found.get(job.key) for job in needed)), None)
+        if error is not None:
+            failures.append(_failed_as(config, error))
+        else:
+            (ready if all(job.key in found for job in needed) else left).append(config)
+    return ready + left, failures
+
+
+def _failed_as(config: Config, e: Exception) -> str:
+    return _out(config, f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
+
+
+def _out(config: Config, why: str) -> str:
+    logger.warning("Triton configuration is not used: %s: %s", config, why)
+    return f"{config}: {why}"
+
+
 def fastest(
     able: Sequence[Config],
     launch: Launch,
@@ -287,28 +363,30 @@ def fastest(
     measure: Callable[[Callable[[], Any]], float],
     budget: float,
     clock: Callable[[], float] = time.monotonic,
+    known_failures: Sequence[str] = (),
 ) -> dict[Config, float]:
     """Seconds of each configuration that computes the right thing, in the order given, until the budget is spent.
+
+    `known_failures`: why others cannot be among them.
 
     Raises:
         NothingWorks: where none does, with the reason of each.
     """
-    start, seconds, failures = clock(), {}, []
+    start, seconds, failures = clock(), {}, list(known_failures)
     for config in able:
         if seconds and clock() - start > budget:
             break
         try:
             run = launch(config)
-            failure = disagreement(run(*tensors), expected, precision)
-            if failure is None:
+            wrong = disagreement(run(*tensors), expected, precision)
+            if wrong is None:
                 seconds[config] = measure(lambda run=run: run(*tensors))
+            else:
+                failures.append(_out(config, wrong))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as e:  # whatever the compiler or the driver says: this configuration is out
-            failure = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
-        if failure is not None:
-            failures.append(f"{config}: {failure}")
-            logger.warning("Triton configuration is not used: %s", failures[-1])
+            failures.append(_failed_as(config, e))
     if not seconds:
         raise NothingWorks("no Triton configuration works here: " + "; ".join(failures))
     return seconds

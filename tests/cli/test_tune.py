@@ -130,6 +130,38 @@ def test_clear_forgets_these_layers_and_no_others(capsys, instant, cache) -> Non
     capsys.readouterr()
 
 
+def test_kernels_prepare_for_all_new_layers_together(capsys, instant, monkeypatch) -> None:
+    seen: list[list[str]] = []
+
+    def prepare(self, requests, told) -> None:
+        seen.append([str(r) for r in requests])
+        told(1, 2)
+        told(2, 2)
+
+    monkeypatch.setattr(backends.Stock, "prepare", prepare, raising=False)
+    assert main(SMALL) == 0
+    assert len(seen) == 1
+    assert seen[0] == instant, "before the first of them is measured, in their order"
+    assert main([*SMALL, "--batch", "1,2"]) == 0
+    assert len(seen) == 2
+    assert all(name.startswith("n2c") for name in seen[1]), "what is known needs nothing"
+    assert main(SMALL) == 0
+    assert len(seen) == 2
+    capsys.readouterr()
+
+
+def test_clear_forgets_what_kernels_remember_of_these_layers(capsys, instant, monkeypatch) -> None:
+    monkeypatch.setattr(
+        backends.Stock, "remembers", lambda self, r: [("a machine", f"tile {r}")], raising=False
+    )
+    for name in ("n1c3d4h24w24k64f7s1x2x2p3+relu float32", "n1c64d1h1w1k64f1 float32"):
+        tuning.shared.put("a machine", f"tile {name}", "tile", {"tile": 1.0})
+    assert main([*SMALL, "--clear"]) == 0
+    assert tuning.shared.get("a machine", "tile n1c3d4h24w24k64f7s1x2x2p3+relu float32") is None
+    assert tuning.shared.get("a machine", "tile n1c64d1h1w1k64f1 float32") is not None
+    capsys.readouterr()
+
+
 def test_weights_name_the_network(capsys, instant, tmp_path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(r3d.ResNet3D(3, depth=10, stem="hara", in_channels=2, widen_factor=0.25).state_dict(), path)

@@ -1,7 +1,7 @@
 """What Triton makes of the shipped configurations for GPUs that are not here: registers, shared memory, instructions.
 
 The default run compiles what an untuned call runs with; `R3D_TRITON_AOT=full` compiles every configuration for every
-architecture (about 220 compilations, a second or two each).
+architecture (about 500 compilations, a second or two each).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.config import Config, Machine
 
 ARCHS = (80, 90, 100)
+SMALL = (86, 120)  # with 99 KiB of shared memory a program, as 8.9 has: fewer stages, and no larger tiles
 FULL = os.environ.get("R3D_TRITON_AOT") == "full"
-SHARED = {arch: configs._SHARED[arch] for arch in ARCHS}
+SHARED = {arch: configs._SHARED.get(arch, 101376) for arch in (*ARCHS, *SMALL, 89)}
 
 # Problems of each class that every configuration of it takes.
 PROBLEMS = {
@@ -94,6 +96,36 @@ def every_job() -> list[dict]:
     return jobs
 
 
+TABLES = (
+    (configs._TABLE, configs.candidates, PROBLEMS, lambda name, *rest: forward(PROBLEMS[name], *rest)),
+    (configs._INPUT_GRAD, configs.input_grads, INPUT_GRADIENTS, input_gradient),
+    (configs._WEIGHT_GRAD, configs.weight_grads, WEIGHT_GRADIENTS, weight_gradient),
+)
+
+
+def tried(every: Callable[..., list[Config]], problem: str, precision: str, arch: int) -> list[Config]:
+    """What a layer or a gradient tries there, with the stages that fit; sums in one part."""
+    where = Machine(arch, 84, SHARED[arch])
+    able = every(ConvProblem.parse(problem), getattr(torch, DTYPE[precision]), precision, where)
+    return list(dict.fromkeys(dataclasses.replace(config, split=1) for config in able))
+
+
+def small_jobs() -> list[dict]:
+    """All that is tried with little shared memory; in the usual run what takes the most of it, and the defaults."""
+    jobs = []
+    for arch in SMALL:
+        for table, every, problems, make in TABLES:
+            for precision, name in table:
+                able = tried(every, problems[name], precision, arch)
+                if not FULL:
+                    if (precision, name) not in (("half", "wide"), ("tf32", "wide"), ("half", False)):
+                        continue
+                    size = getattr(torch, DTYPE[precision]).itemsize
+                    able = list(dict.fromkeys([able[0], max(able, key=lambda c: c.shared(size))]))
+                jobs += [make(name, config, precision, arch) for config in able]
+    return jobs
+
+
 def usual_jobs() -> list[dict]:
     """What untuned calls run with, and one of each other kernel."""
     jobs = []
@@ -130,7 +162,7 @@ def odd_jobs() -> list[dict]:
     ]
 
 
-JOBS = (every_job() if FULL else usual_jobs()) + odd_jobs()
+JOBS = (every_job() if FULL else usual_jobs()) + small_jobs() + odd_jobs()
 
 
 def identity(job: dict) -> str:
@@ -171,7 +203,7 @@ def tensor_cores(precision: str, arch: int, rows: int) -> str:
     """The instruction that the sums have to be made of."""
     if precision == "ieee":
         return "FFMA"
-    if arch < 90 or rows < 64:  # wgmma and tcgen05 take at least 64 rows
+    if arch < 90 or arch >= 120 or rows < 64:  # wgmma and tcgen05 take at least 64 rows, and 12.0 has neither
         return "HMMA"
     return "HGMMA" if arch < 100 else "UTCMMA"
 
@@ -243,6 +275,19 @@ def test_every_class_has_a_default_that_fits(arch: int) -> None:
         assert all(c.shared(dtype.itemsize) <= where.shared for c in able)
         assert all(c.kernel != "boxes" for c in able[:1]), "a default must take any problem of its class"
         assert len(able) <= 12, "the first use of a layer would take too long"
+
+
+def test_machines_with_less_shared_memory_try_what_fits() -> None:
+    """8.6, 8.9 and 12.0 have 99 KiB: nothing that is tried there asks for more, and something is left."""
+    for arch in (86, 89, 120):
+        for table, every, problems, _ in TABLES:
+            for precision, name in table:
+                size = getattr(torch, DTYPE[precision]).itemsize
+                able = tried(every, problems[name], precision, arch)
+                assert all(config.shared(size) <= 101376 for config in able)
+                assert able
+                if arch == 89:
+                    assert able == tried(every, problems[name], precision, 86)
 
 
 def test_small_layers_split_their_sums() -> None:

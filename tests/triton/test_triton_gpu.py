@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import gpu_report
+import gpu_triton_layers
 
 import r3d_kernels as r3d
 from r3d_kernels import backends, tuning
@@ -28,7 +28,7 @@ def layer_and_data() -> tuple[r3d.ConvBNAct3d, torch.Tensor, torch.Tensor]:
 
 
 def test_against_float64() -> None:
-    assert gpu_report.check_triton()["cases"] > 100
+    assert gpu_triton_layers.check_triton()["cases"] > 100
 
 
 def test_graphs_and_streams() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,26 +22,6 @@ from r3d_kernels.triton.config import Config
 pytestmark = pytest.mark.skipif(
     bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing"
 )
-
-CACHES = (
-    *(conv3d.forward, conv3d.input_grad, conv3d.weight_grad),
-    *(norm._forward, norm._backward_of, pool._max_pool_launch, pool._average_launch, pool._linear_launch),
-)
-
-
-def forget() -> None:
-    for cache in CACHES:
-        cache.cache_clear()
-    conv3d._known.clear()
-
-
-@pytest.fixture
-def driver() -> Iterator[launch_overhead.DryDriver]:
-    forget()
-    with launch_overhead.dry(90) as fake:
-        fake.keep = True
-        yield fake
-    forget()
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -195,7 +174,7 @@ def test_devices_do_not_share_what_was_compiled(driver) -> None:
     run = launch.Launch(pool._average, (1, 1), (32, 12), {"BM": 32, "BC": 32, "num_warps": 4})
 
     class Elsewhere:
-        dtype = torch.bfloat16
+        dtype, is_cuda, is_meta = torch.bfloat16, False, False
 
         def __init__(self, index: int) -> None:
             self.get_device, self.data_ptr = lambda: index, lambda: 0
@@ -204,6 +183,50 @@ def test_devices_do_not_share_what_was_compiled(driver) -> None:
         driver.device = 90 + index
         run(Elsewhere(index), Elsewhere(index))
     assert sorted(place[0] for place in run._ready) == [0, 1]
+
+
+# ---- inside the capture of a CUDA graph ----
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_capture_before_the_first_call_is_refused(name: str, driver, monkeypatch) -> None:
+    """By name, with what to do, before anything is launched; afterwards the same call is captured."""
+    call = CALLS[name][1]()
+    driver.device = 100 + list(CALLS).index(name)  # where no other test has loaded anything
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "capturing", lambda x: True)
+        with pytest.raises(
+            RuntimeError, match=r"Triton kernel \w+: expected it loaded before.*call the same function once"
+        ):
+            call()
+    assert not driver.launched
+    call()
+    count = len(driver.launched)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "capturing", lambda x: True)
+        call()
+    assert len(driver.launched) == 2 * count
+
+
+def test_what_another_layer_has_loaded_may_be_captured(driver, monkeypatch) -> None:
+    config = "tiled 16x16x16 w4 s2 g8 k1"
+    forward("n1c32d2h4w4k32f3p1+relu", config)()
+    monkeypatch.setattr(launch, "capturing", lambda x: True)
+    driver.launched.clear()
+    forward("n1c64d2h5w4k48f3p1+relu", config)()
+    assert len(driver.launched) == 1
+
+
+def test_whether_a_stream_captures_is_asked_of_torch(monkeypatch) -> None:
+    class On:
+        def __init__(self, cuda: bool) -> None:
+            self.is_cuda = cuda
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(1) or True)
+    assert launch.capturing(On(True))
+    assert not launch.capturing(On(False))
+    assert len(asked) == 1
 
 
 def test_the_benchmark_runs(driver, monkeypatch) -> None:

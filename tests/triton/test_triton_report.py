@@ -11,8 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_common
+import gpu_networks
 import gpu_report
+import gpu_sections
 import gpu_triton
+import gpu_triton_layers
 from numerics import relative_error
 
 import r3d_kernels as r3d
@@ -27,20 +31,20 @@ SMALL = ("n1c16d2h4w5k20f1x3x3p0x1x1+res+relu", "n1c3d3h6w6k8f3s2p1")
 
 def test_the_check_passes() -> None:
     with torch.backends.cudnn.flags(allow_tf32=False):
-        data = gpu_report.check_triton(device="cpu", problems=SMALL)
+        data = gpu_triton_layers.check_triton(device="cpu", problems=SMALL)
     assert data["cases"] >= 3 * len(SMALL) * 3
-    assert data["largest_error"]["float32"] < gpu_report.FP32_PROMISE
+    assert data["largest_error"]["float32"] < gpu_common.FP32_PROMISE
 
 
 def test_a_wrong_gradient_is_found(monkeypatch) -> None:
     right = launch.InputGrad.__call__
     monkeypatch.setattr(launch.InputGrad, "__call__", lambda self, dy, weight: right(self, dy, weight) * 1.05)
-    with pytest.raises(gpu_report.Failed, match=r"5 of .* cases are wrong, first .*input gradient"):
-        gpu_report.check_triton(device="cpu", problems=SMALL[1:])
+    with pytest.raises(gpu_sections.Failed, match=r"5 of .* cases are wrong, first .*input gradient"):
+        gpu_triton_layers.check_triton(device="cpu", problems=SMALL[1:])
 
 
 def test_every_problem_of_the_report_is_one() -> None:
-    for text in gpu_report.TRITON_PROBLEMS:
+    for text in gpu_triton_layers.TRITON_PROBLEMS:
         ConvProblem.parse(text).validate()
 
 
@@ -54,7 +58,7 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
     monkeypatch.setattr(gpu_triton, "NORMS", ((2, 5, 2, 3, 5),))
     monkeypatch.setattr(gpu_triton, "CHANNELS", (5,))
     monkeypatch.setattr(gpu_triton, "WINDOWS", gpu_triton.WINDOWS[1:])
-    data = gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
+    data = gpu_triton.check_norm_and_pools(device="cpu")
     assert data["cases"] == 3 * (7 + 6 + 2 + 2)
     right = norm._input_gradient
 
@@ -70,8 +74,8 @@ def test_norm_and_pools_pass_and_can_fail(monkeypatch) -> None:
 
     monkeypatch.setattr(norm, "_input_gradient", Wrong())
     norm._backward_of.cache_clear()
-    with pytest.raises(gpu_report.Failed, match=r"6 of .* cases are wrong, first .*norm's dx"):
-        gpu_triton.check_norm_and_pools(gpu_report, device="cpu")
+    with pytest.raises(gpu_sections.Failed, match=r"6 of .* cases are wrong, first .*norm's dx"):
+        gpu_triton.check_norm_and_pools(device="cpu")
     norm._backward_of.cache_clear()
 
 
@@ -83,7 +87,7 @@ def test_gradients_beside_cudnn() -> None:
 
     problems = [(ConvProblem.parse(SMALL[1]), 2)]
     with torch.backends.cudnn.flags(allow_tf32=False):
-        data = gpu_triton.gradient_speed(gpu_report, problems, "fp32", device="cpu", timer=timer)
+        data = gpu_triton.gradient_speed(problems, "fp32", device="cpu", timer=timer)
     (row,) = data["gradients"]
     assert (row["problem"], row["count"]) == (str(problems[0][0]), 2)
     for which in ("input", "weight"):
@@ -96,9 +100,7 @@ def test_pools_through_each_backend() -> None:
         assert all(torch.allclose(r.float(), results[0].float(), atol=0.05) for r in results)
         return dict.fromkeys(calls, 1e-6)
 
-    data = gpu_triton.pool_speed(
-        gpu_report, "cpu", timer, {"a stem": ((1, 4, 2, 5, 5), (3, 2, 1))}, ((1, 6, 1, 2, 2), 3)
-    )
+    data = gpu_triton.pool_speed("cpu", timer, {"a stem": ((1, 4, 2, 5, 5), (3, 2, 1))}, ((1, 6, 1, 2, 2), 3))
     assert [(r["what"], r["dtype"]) for r in data["pools"]] == [
         (what, dtype) for dtype in ("bfloat16", "float32") for what in ("max-pool of a stem", "head")
     ]
@@ -117,7 +119,7 @@ def layers(left: float, problems=SMALL, template=None) -> tuple[dict, list[set[s
 
     template = template or (lambda call, operands: call)
     with r3d.backend("triton"), torch.backends.cudnn.flags(allow_tf32=False):
-        data = gpu_report.triton_layers(
+        data = gpu_triton_layers.triton_layers(
             [(ConvProblem.parse(text), 2) for text in problems],
             "fp32",
             lambda: left,
@@ -148,14 +150,14 @@ def test_what_the_budget_or_inductor_leaves_out_is_not_measured() -> None:
     assert data["layers"][0]["triton_is_faster_than"]["inductor's template"] == "not measured"
 
     def none(call, operands):
-        raise gpu_report.NotHere("no choices")
+        raise gpu_sections.NotHere("no choices")
 
     data, _ = layers(left=100.0, template=none)
     assert data["layers"][0]["reasons"]["inductor"] == "not measured: no choices"
 
 
 def test_the_layers_of_a_network() -> None:
-    found = gpu_report.network_layers("r3d_18", 8)
+    found = gpu_networks.network_layers("r3d_18", 8)
     assert sum(count for _, count in found) == 20
     assert all(p.n == 8 for p, _ in found)
 
@@ -172,11 +174,11 @@ def test_a_network_that_is_not_triton_alone_is_found(monkeypatch) -> None:
         other.fused = fused
         return other
 
-    monkeypatch.setattr(gpu_report, "_placed", placed)
-    monkeypatch.setattr(gpu_report, "_reference", lambda name: exact)
-    monkeypatch.setattr(gpu_report.measure, "clip", lambda batch: x)
-    monkeypatch.setattr(gpu_report, "gpu_seconds", lambda calls, rounds: dict.fromkeys(calls, 1e-3))
-    assert gpu_report.triton_network("", "fp32", 1, device="cpu")["triton_is_faster"] == 1.0
+    monkeypatch.setattr(gpu_triton_layers, "placed", placed)
+    monkeypatch.setattr(gpu_triton_layers, "reference", lambda name: exact)
+    monkeypatch.setattr(gpu_triton_layers.measure, "clip", lambda batch: x)
+    monkeypatch.setattr(gpu_triton_layers, "gpu_seconds", lambda calls, rounds: dict.fromkeys(calls, 1e-3))
+    assert gpu_triton_layers.triton_network("r3d_18", "fp32", 1, device="cpu")["triton_is_faster"] == 1.0
     monkeypatch.setattr(backends.TritonConv3d, "can_run", lambda self, request: "not today")
-    with pytest.raises(gpu_report.Failed, match=r"layers did not run through Triton.*not today"):
-        gpu_report.triton_network("", "fp32", 1, device="cpu")
+    with pytest.raises(gpu_sections.Failed, match=r"layers did not run through Triton.*not today"):
+        gpu_triton_layers.triton_network("r3d_18", "fp32", 1, device="cpu")

@@ -152,7 +152,7 @@ def test_measured_once_and_remembered(monkeypatch, tmp_path) -> None:
         return next(times)
 
     monkeypatch.setattr(tuner, "gpu_seconds", measure)
-    arguments = (tuner.FORWARD, P, "ieee", launch, operands(), SMALL, "a machine", "a layer")
+    arguments = (tuner.FORWARD, P, "ieee", launch, operands(), SMALL, ("a machine", "a layer"))
     assert tuner._measured(*arguments) == SMALL[1]
     monkeypatch.setattr(tuner.tuning, "shared", tuning.TuningCache())  # a new process
     monkeypatch.setattr(tuner, "fastest", lambda *a: pytest.fail("measured again"))
@@ -168,7 +168,8 @@ def test_what_cannot_be_compared_is_not_remembered(monkeypatch, tmp_path) -> Non
     x, *others = operands()
     x[0, 0, 0, 0, 0] = float("nan")
     assert (
-        tuner._measured(tuner.FORWARD, P, "ieee", launch, (x, *others), SMALL, "a machine", "a layer") is None
+        tuner._measured(tuner.FORWARD, P, "ieee", launch, (x, *others), SMALL, ("a machine", "a layer"))
+        is None
     )
     assert tuning.shared.get("a machine", "a layer") is None
 
