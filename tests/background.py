@@ -1,8 +1,9 @@
 """Child processes that are begun before the tests that wait for them.
 
 Most tests keep one core busy. A process that is known once the tests are collected (a compiler, a Python with other
-settings) runs on another core meanwhile: one at a time, in the order in which the tests ask for them, and with less
-claim to the processors than the tests have. With a single core each runs when a test asks for it.
+settings) runs on another core meanwhile: one at a time (two while the tests wait for one), in the order in which the
+tests ask for them, and with less claim to the processors than the tests have. With a single core each runs when a test
+asks for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 @dataclass(eq=False)
 class Job:
-    """A process to be. A test module names those that fixtures of its wait for: AHEAD = {"fixture": Job(...)}."""
+    """A process to be. A test module names those that fixtures of its wait for: AHEAD = {"fixture": [Job(...)]}."""
 
     command: list[str]
     stdin: str = ""
@@ -47,12 +48,16 @@ class Job:
             )
         assert self.folder is not None
         assert _runner is not None
-        code, end = self.folder / ".code", time.monotonic() + timeout
-        while not code.exists():
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired(self.command, timeout, *self._printed())
-            assert _runner.poll() is None or code.exists(), "the process that runs it has ended"
-            time.sleep(0.02)
+        code, waiting, end = self.folder / ".code", Path(_root(), _WAITING), time.monotonic() + timeout
+        waiting.touch()
+        try:
+            while not code.exists():
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(self.command, timeout, *self._printed())
+                assert _runner.poll() is None or code.exists(), "the process that runs it has ended"
+                time.sleep(0.02)
+        finally:
+            waiting.unlink()
         return subprocess.CompletedProcess(self.command, int(code.read_text()), *self._printed())
 
     def _printed(self) -> list[str]:
@@ -60,6 +65,7 @@ class Job:
         return [file.read_text(errors="replace") if file.exists() else "" for file in files]
 
 
+_WAITING = "waiting"  # a file beside the folders of the jobs, while a test waits for one
 _planned: list[tuple[int, Job]] = []
 _runner: subprocess.Popen[str] | None = None
 _folder: str | None = None
@@ -105,19 +111,30 @@ def finish() -> None:
 
 def _run(jobs: list[dict]) -> None:
     os.nice(5)
-    for job in jobs:
-        out, err, stdin, code = (Path(job["folder"], name) for name in (".out", ".err", ".in", ".code"))
-        stdin.write_text(job["stdin"])
-        with stdin.open() as i, out.open("w") as o, err.open("w") as e:
-            process = subprocess.Popen(
-                job["command"], stdin=i, stdout=o, stderr=e, env=job["env"], cwd=job["cwd"] or job["folder"]
-            )
-            while process.poll() is None:
-                _end_with_the_tests(0.1)
-        written = code.with_suffix(".new")
-        written.write_text(str(process.returncode))
-        written.rename(code)
+    waiting = Path(jobs[0]["folder"]).with_name(_WAITING)
+    running: list[tuple[dict, subprocess.Popen]] = []
+    while jobs or running:
+        if jobs and len(running) < 1 + waiting.exists():
+            running.append((jobs[0], _begun(jobs.pop(0))))
+            continue
+        _end_with_the_tests(0.1)
+        for job, process in list(running):
+            if process.poll() is not None:
+                running.remove((job, process))
+                code = Path(job["folder"], ".code")
+                written = code.with_suffix(".new")
+                written.write_text(str(process.returncode))
+                written.rename(code)
     _end_with_the_tests(None)
+
+
+def _begun(job: dict) -> subprocess.Popen:
+    out, err, stdin = (Path(job["folder"], name) for name in (".out", ".err", ".in"))
+    stdin.write_text(job["stdin"])
+    with stdin.open() as i, out.open("w") as o, err.open("w") as e:
+        return subprocess.Popen(
+            job["command"], stdin=i, stdout=o, stderr=e, env=job["env"], cwd=job["cwd"] or job["folder"]
+        )
 
 
 def _end_with_the_tests(seconds: float | None) -> None:

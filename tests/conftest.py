@@ -29,10 +29,11 @@ settings.load_profile("default")
 def pytest_collection_finish(session: pytest.Session) -> None:
     seen = set()
     for position, item in enumerate(session.items):
-        for name, job in getattr(getattr(item, "module", None), "AHEAD", {}).items():
-            if name in item.fixturenames and job is not None and job not in seen:
-                seen.add(job)
-                background.plan(job, position)
+        for name, jobs in getattr(getattr(item, "module", None), "AHEAD", {}).items():
+            for job in jobs if name in item.fixturenames else ():
+                if job not in seen:
+                    seen.add(job)
+                    background.plan(job, position)
 
 
 @pytest.hookimpl(tryfirst=True)

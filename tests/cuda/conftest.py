@@ -1,35 +1,75 @@
 """The emulated kernels: csrc/cuda compiled as plain C++ for the CPU (csrc/cuda/emu/README.md)."""
 
+import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
+import background
+import pybind11
 import pytest
 
 HERE = Path(__file__).resolve().parent
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 SCHEDULES = [("lockstep", 0, 1), ("reversed", 1, 1), ("ahead-1", 2, 1), ("ahead-2", 2, 2), ("ahead-3", 2, 3)]
 
 
-def have_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "c++")) is not None
+def extension(source: str, optimization: str) -> background.Job | None:
+    """Compiles a file of this folder to a Python module r3d_SOURCE; None without a compiler."""
+    if COMPILER is None:
+        return None
+    name = f"r3d_{source}"
+    flags = [
+        optimization,
+        "-g0",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+    ]
+    includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    macros = ["-DR3D_EMU", f"-DR3D_MODULE={name}"]
+    file = str(HERE / f"{source}.cpp")
+    return background.Job([COMPILER, *flags, *macros, *includes, file, "-o", f"{name}.so"])
+
+
+# The fixtures that wait for a compiler. The Hopper convolution is an extension of its own: it is a minute of
+# emulation away from the rest.
+EXTENSIONS = {
+    "emulated": extension("emulated", "-O1"),
+    "emulated80": extension("emulated_sm80", "-O2"),
+    "emulated_sm90": extension("emulated_sm90", "-O2"),
+}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for fixture, job in EXTENSIONS.items():
+        places = [i for i, item in enumerate(session.items) if fixture in getattr(item, "fixturenames", ())]
+        if places and job is not None:
+            background.plan(job, places[0])
+
+
+def loaded(fixture: str) -> ModuleType:
+    job = EXTENSIONS[fixture]
+    if job is None:
+        pytest.skip("the emulated kernels need a C++ compiler")
+    done = job.result(timeout=600)
+    assert done.returncode == 0, done.stderr
+    name = Path(job.command[-1]).stem
+    spec = importlib.util.spec_from_file_location(name, job.folder / job.command[-1])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    if not have_compiler():
-        pytest.skip("the emulated kernels need a C++ compiler")
-    from torch.utils.cpp_extension import load
-
-    # ninja is in the environment's bin folder, which is on the PATH only when the environment is activated
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-    return load(
-        "r3d_emulated",
-        [str(HERE / "emulated.cpp")],
-        extra_cflags=["-O1", "-DR3D_EMU", "-Wno-unknown-pragmas"],
-        # not torch's shared cache: a killed test run leaves a lock there, and the next would wait for it
-        build_directory=str(tmp_path_factory.mktemp("emulated")),
-    )
+def emulated():
+    return loaded("emulated")
 
 
 @pytest.fixture(scope="session")
@@ -46,19 +86,9 @@ def emu(request, emulated):
 
 
 @pytest.fixture(scope="session")
-def emulated80(tmp_path_factory):
+def emulated80():
     """The kernels for compute capability 8.0 and later, pool and head."""
-    if not have_compiler():
-        pytest.skip("the emulated kernels need a C++ compiler")
-    from torch.utils.cpp_extension import load
-
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-    module = load(
-        "r3d_emulated_sm80",
-        [str(HERE / "emulated_sm80.cpp")],
-        extra_cflags=["-O2", "-g0", "-DR3D_EMU", "-Wno-unknown-pragmas"],
-        build_directory=str(tmp_path_factory.mktemp("emulated_sm80")),
-    )
+    module = loaded("emulated80")
     module.configure()
     return module
 
@@ -85,16 +115,5 @@ def emu80(request, emulated80):
 
 
 @pytest.fixture(scope="session")
-def emulated_sm90(tmp_path_factory):
-    """The Hopper convolution, in an extension of its own: it is a minute of emulation away from the rest."""
-    if not have_compiler():
-        pytest.skip("the emulated kernels need a C++ compiler")
-    from torch.utils.cpp_extension import load
-
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-    return load(
-        "r3d_emulated_sm90",
-        [str(HERE / "emulated_sm90.cpp")],
-        extra_cflags=["-O2", "-DR3D_EMU", "-Wno-unknown-pragmas"],
-        build_directory=str(tmp_path_factory.mktemp("emulated_sm90")),
-    )
+def emulated_sm90():
+    return loaded("emulated_sm90")

@@ -12,15 +12,15 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = "-std=c++17 -O1 -DR3D_EMU -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wno-unknown-pragmas"
 
 
-def compilation(source: str, *flags: str) -> background.Job | None:
-    """Of a file in this folder; None without a compiler."""
+def compilation(source: str, *flags: str) -> list[background.Job]:
+    """Of a file in this folder; empty without a compiler."""
     if COMPILER is None:
-        return None
+        return []
     file = Path(__file__).resolve().with_name(source)
-    return background.Job([COMPILER, *FLAGS.split(), *flags, str(file), "-o", "sanitized"])
+    return [background.Job([COMPILER, *FLAGS.split(), *flags, str(file), "-o", "sanitized"])]
 
 
-def program(job: background.Job | None):
+def program(job: background.Job | None = None):
     """A function that runs what was compiled; skips the test where it cannot be compiled here."""
     if job is None:
         pytest.skip("the sanitized kernels need a C++ compiler")

@@ -429,7 +429,7 @@ AHEAD = {"sanitized": sanitizers.compilation("sanitized_sm90.cpp")}
 
 @pytest.fixture
 def sanitized():
-    return sanitizers.program(AHEAD["sanitized"])
+    return sanitizers.program(*AHEAD["sanitized"])
 
 
 def test_the_kernel_stays_inside_its_buffers(sanitized):

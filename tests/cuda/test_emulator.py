@@ -86,12 +86,12 @@ def test_conversions_agree_with_torch(emulated, name, dtype):
     assert torch.equal(got.view(torch.int16)[number], want.view(torch.int16)[number])
 
 
-AHEAD = {"sanitized": sanitizers.compilation("sanitized.cpp", "-g")}
+AHEAD = {"sanitized": sanitizers.compilation("sanitized.cpp", "-g1")}
 
 
 @pytest.fixture(scope="module")
 def sanitized():
-    return sanitizers.program(AHEAD["sanitized"])
+    return sanitizers.program(*AHEAD["sanitized"])
 
 
 def test_kernels_stay_inside_their_buffers(sanitized):

@@ -108,12 +108,12 @@ def test_rounding_to_tf32(emulated80):
     assert nan.isnan().all()
 
 
-AHEAD = {"sanitized": sanitizers.compilation("sanitized_sm80.cpp", "-g")}
+AHEAD = {"sanitized": sanitizers.compilation("sanitized_sm80.cpp", "-g1")}
 
 
 @pytest.fixture(scope="module")
 def sanitized():
-    return sanitizers.program(AHEAD["sanitized"])
+    return sanitizers.program(*AHEAD["sanitized"])
 
 
 def test_kernels_stay_inside_their_buffers(sanitized):

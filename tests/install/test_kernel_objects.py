@@ -26,29 +26,30 @@ def functions(listing: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def compilation() -> background.Job:
-    """One object file for each instruction set, in the folder of the job."""
+def compilation(isa: str) -> background.Job:
     # -fno-inline: whatever could be emitted is emitted
     flags = ["-std=c++17", "-O1", "-fno-inline", "-w", "-fPIC", "-c"]
-    return background.Job([COMPILER, *flags, *(str(CPU / f"kernels_{isa}.cpp") for isa in ISAS)])
+    return background.Job([COMPILER, *flags, str(CPU / f"kernels_{isa}.cpp"), "-o", "kernels.o"])
 
 
-AHEAD = {"objects": compilation()} if TOOLS else {}
+AHEAD = {"compiled": [compilation(isa) for isa in ISAS]} if TOOLS else {}
 
 
-@pytest.fixture(scope="module")
-def objects() -> Path:
-    done = AHEAD["objects"].result(timeout=600)
+@pytest.fixture
+def compiled(isa: str) -> Path:
+    """The object file of an instruction set."""
+    job = AHEAD["compiled"][ISAS.index(isa)]
+    done = job.result(timeout=600)
     assert done.returncode == 0, done.stderr
-    return AHEAD["objects"].folder
+    return job.folder / "kernels.o"
 
 
 @pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and binutils")
 @pytest.mark.parametrize("isa", ISAS)
-def test_shared_functions_run_on_every_processor(isa: str, objects: Path) -> None:
+def test_shared_functions_run_on_every_processor(isa: str, compiled: Path) -> None:
     """The linker keeps one copy of a weak symbol (an inline function, a template). A copy made here must not need more
     than any processor has, unless its name carries the namespace of the instruction set."""
-    out = str(objects / f"kernels_{isa}.o")
+    out = str(compiled)
     symbols = printed("nm", "-C", "--defined-only", out).splitlines()
     weak = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1] in "WVu"]
     code = functions(printed("objdump", "-dC", "--no-show-raw-insn", out))
