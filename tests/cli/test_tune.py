@@ -65,6 +65,28 @@ def test_a_forward_pass_measures_nothing_any_more(capsys, monkeypatch, cache) ->
     assert {f"{r.problem} {r.dtype}" for r in records} == set(chosen)
 
 
+def test_close_rivals_are_measured_once_more_after_all_others(capsys, monkeypatch, cache) -> None:
+    measured: list[str] = []
+
+    def measure(kernels, packs, x, residual, request):
+        again = str(request) in measured
+        measured.append(str(request))
+        seconds = {kernel.name: 2e-3 for kernel in kernels}
+        return seconds | {kernels[0].name: 0.8e-3 if again else 1.2e-3, kernels[-1].name: 1e-3}
+
+    monkeypatch.setattr(backends, "_measure", measure)
+    monkeypatch.setattr(backends, "_LATER", 0.0)
+    assert main([*SMALL, "--json", "-"]) == 0
+    layers = report(capsys)["layers"]
+    half = len(measured) // 2
+    assert measured[:half] == measured[half:]
+    assert len(set(measured)) == half == len(layers)
+    assert all(layer["seconds"] == 0.8e-3 for layer in layers)
+    assert all(set(entry) == {"kernel", "seconds"} for entry in entries(cache).values())
+    assert main([*SMALL, "--json", "-"]) == 0
+    assert len(measured) == 2 * half
+
+
 def test_report(capsys, instant) -> None:
     argv = (
         "tune",

@@ -230,10 +230,13 @@ int main() {
       }
       for (const cpu::WinogradTile& tile : cpu::kWinogradTiles) {
         auto taps = [](int m) { return int64_t{m == 1 ? 1 : 3}; };
-        for (int stride : {1, 2})
+        for (int stride : {1, 2}) {
+          auto step = [&](int m) { return int64_t{m == 1 ? 1 : stride}; };
           if (cpu::winograd_compiled(tile, stride))
-            convolution({3, 6, 7}, {taps(tile.d), taps(tile.h), taps(tile.w)}, {stride, stride, stride}, 19,
-                        37, dtype, Way::kWinograd, tile.code());
+            convolution({3, 6, 7}, {taps(tile.d), taps(tile.h), taps(tile.w)},
+                        {step(tile.d), step(tile.h), step(tile.w)}, 19, 37, dtype, Way::kWinograd,
+                        tile.code());
+        }
       }
       for (int tile : {2, 4}) {
         convolution({5, 9, 11}, {7, 7, 7}, {1, 2, 2}, 3, 40, dtype, Way::kStem, tile);
