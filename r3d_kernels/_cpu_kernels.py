@@ -71,7 +71,6 @@ class KeptCpu(DirectCpu):
     """
 
     name = "direct kept"
-    keeps = True
     _MOST_PIXELS = 1024  # with more, turning is too small a part of the work
     _FEW_PIXELS = 512  # kFewPixels in csrc/cpu/conv3d_kernel.inl
 

@@ -328,7 +328,6 @@ class Choice:
 
 # How much faster a kernel has to be that keeps its own copy of the weights, or whose outputs are not recycled
 _WORTH_A_COPY = 3.0
-_WORTH_KEEPING = 1.02  # copies of which a process has a fixed number of bytes
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
 _MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
@@ -531,11 +530,11 @@ def _price_of_memory(kernel: Kernel, request: Request) -> float:
         return 1.0
     p, size = request.problem, request.dtype.itemsize
     price = 1.0
-    if p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY:
-        if getattr(kernel, "keeps", False):
-            price = _WORTH_KEEPING
-        if getattr(kernel, "copies_weights", False):
-            price = _WORTH_A_COPY
+    if (
+        getattr(kernel, "copies_weights", False)
+        and p.c // p.groups * p.k * math.prod(p.kernel) * size > _SMALL_COPY
+    ):
+        price = _WORTH_A_COPY
     if (
         not isinstance(kernel, DirectCpu)
         and request.device.type == "cpu"
