@@ -10,6 +10,7 @@ written aside and renamed.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class Job:
 
     key: tuple[Any, ...]
     compile: Callable[[], object]
+    ready: Callable[[], object] = lambda: None  # what must not happen in two threads at once; quick
 
 
 _jobs: ContextVar[list[Job] | None] = ContextVar("r3d_kernels_triton_jobs", default=None)
@@ -97,10 +99,15 @@ def compile_all(
     for job in jobs:
         unique.setdefault(job.key, job)
 
+    alone = threading.Lock()
+
     def begin() -> None:
         # The current device is each thread's own, and Triton compiles for the current one.
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        with alone:
+            for job in unique.values():
+                job.ready()
 
     def run(job: Job) -> tuple[bool, Exception | None]:
         if clock() > end:

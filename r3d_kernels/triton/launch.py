@@ -128,7 +128,13 @@ class Launch:
         def compile() -> object:
             return self._kernel.warmup(*descriptors, *tensors, *self.sizes, grid=self._grid, **self.meta)
 
-        return ahead.Job((self._kernel, place, *boxes, *sizes, *constants), compile)
+        def ready() -> None:
+            # Triton makes a kernel's cache for a device at its first use: of two threads one would lose what it compiled.
+            caches = getattr(self._kernel, "device_caches", None)
+            if caches is not None:
+                caches[triton.runtime.driver.active.get_current_device()]
+
+        return ahead.Job((self._kernel, place, *boxes, *sizes, *constants), compile, ready)
 
 
 def _wide(*shapes: tuple[int, ...]) -> bool:
