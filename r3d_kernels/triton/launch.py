@@ -129,7 +129,7 @@ class Launch:
             return self._kernel.warmup(*descriptors, *tensors, *self.sizes, grid=self._grid, **self.meta)
 
         def ready() -> None:
-            # Triton makes a kernel's cache for a device at its first use: of two threads one would lose what it compiled.
+            # Triton makes a kernel's cache for a device at its first use: one of two threads would lose its work.
             caches = getattr(self._kernel, "device_caches", None)
             if caches is not None:
                 caches[triton.runtime.driver.active.get_current_device()]
