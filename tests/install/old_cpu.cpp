@@ -87,8 +87,9 @@ void convolution(Dim3 in, Dim3 kernel, Dim3 stride, int64_t c, int64_t k, DType 
   const cpu::KernelTraits traits = cpu::kernel_traits(cpu::active_isa(), dtype);
   void* packed =
       std::aligned_alloc(64, static_cast<size_t>((cpu::packed_bytes(k, c, kernel, traits) + 63) / 64 * 64));
-  cpu::pack_weights(reinterpret_cast<const float*>(w.stored.data()), scale.data(), k, c, kernel, traits,
-                    packed);
+  if (way == Way::kPacked)
+    cpu::pack_weights(reinterpret_cast<const float*>(w.stored.data()), scale.data(), k, c, kernel, traits,
+                      packed);
   std::vector<char> y(residual.stored.size());
   a.dtype = dtype;
   a.x = x.stored.data();
