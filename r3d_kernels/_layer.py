@@ -212,7 +212,8 @@ class LayerState:
                     packs[place] = kernel.pack(snapshot.layer, request)
                 return packs[place]
 
-            choice = backends.choose(request, asked, packed, x, residual)
+            using = None if plan is None else plan[0]
+            choice = backends.choose(request, asked, packed, x, residual, using)
             plan = (choice.kernel, packed(choice.kernel), request, choice)
             if not backends.settled(x.device):
                 warnings.warn(

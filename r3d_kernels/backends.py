@@ -267,14 +267,19 @@ def _bf16_in_hardware() -> bool:
     return bool(_cpu.cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
-def candidates(request: Request, asked: str = "auto") -> tuple[list[Kernel], dict[str, str]]:
-    """The kernels that can run the request, preferred first, and for the others why not."""
+def candidates(
+    request: Request, asked: str = "auto", using: Kernel | None = None
+) -> tuple[list[Kernel], dict[str, str]]:
+    """The kernels that can run the request, preferred first, and for the others why not.
+
+    `using` runs it already, and needs no more memory than it has.
+    """
     able: list[Kernel] = []
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
         if asked not in ("auto", kernel.backend):
             continue
-        why_not = kernel.can_run(request)
+        why_not = None if kernel is using else kernel.can_run(request)
         if why_not is None:
             able.append(kernel)
         elif not getattr(kernel, "quiet", False):
@@ -656,6 +661,7 @@ def choose(
     packed: Any,
     x: Tensor,
     residual: Tensor | None,
+    using: Kernel | None = None,
 ) -> Choice:
     """The kernel for a request.
 
@@ -664,8 +670,9 @@ def choose(
         asked: the backend asked for.
         packed: callable, kernel -> its packed weights.
         x, residual: the data of this very call, on which kernels are measured.
+        using: the kernel that an earlier choice fell on, whose packed weights exist.
     """
-    able, reasons = candidates(request, asked)
+    able, reasons = candidates(request, asked, using)
     captured = capturing(request.device)
 
     def fails(kernel: Kernel) -> bool:

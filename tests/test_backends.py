@@ -202,7 +202,7 @@ def test_of_private_kernels_only_the_one_that_won_before_is_tried(measured, monk
     one, other = Private("one"), Private("other")
     stock = next(k for k in backends.KERNELS if k.name == "stock")
     seconds = {"one": 2e-3, "other": 1e-3, "stock": 3e-3}
-    monkeypatch.setattr(backends, "candidates", lambda request, asked: ([one, other, stock], {}))
+    monkeypatch.setattr(backends, "candidates", lambda *args: ([one, other, stock], {}))
     monkeypatch.setattr(backends, "_measure", lambda able, *_: {k.name: seconds[k.name] for k in able})
     wrong: dict[str, str] = {}
     monkeypatch.setattr(
@@ -316,7 +316,7 @@ def test_another_process_measures_close_rivals_again_at_once(measured, monkeypat
 @pytest.mark.parametrize(("seconds", "device"), [((1.0, 1.4), "cpu"), ((1.0, 1.0), "cuda")])
 def test_what_is_clear_is_not_measured_again(seconds, device, measured, monkeypatch) -> None:
     kernels = [Sleeper(name, 0.0) for name in ("ours", "stock")]
-    monkeypatch.setattr(backends, "candidates", lambda request, asked: (list(kernels), {}))
+    monkeypatch.setattr(backends, "candidates", lambda *args: (list(kernels), {}))
     monkeypatch.setattr(backends, "capturing", lambda device: False)
     monkeypatch.setattr(tuning, "machine_key", lambda device, isa: "machine")
     watch = Watch(monkeypatch, **dict(zip(("ours", "stock"), seconds, strict=True)))
@@ -419,7 +419,7 @@ def test_a_kernel_that_finds_no_memory_ends_no_pass(gpu_clock, measured, monkeyp
     with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
         backends._measure(kernels[:1], packs, None, None, request)
 
-    monkeypatch.setattr(backends, "candidates", lambda request, asked: (list(kernels), {}))
+    monkeypatch.setattr(backends, "candidates", lambda *args: (list(kernels), {}))
     monkeypatch.setattr(backends, "capturing", lambda device: False)
     monkeypatch.setattr(tuning, "machine_key", lambda device, isa: "machine")
     choice = backends.choose(request, "auto", lambda kernel: None, None, None)

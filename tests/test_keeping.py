@@ -152,3 +152,24 @@ def test_measurements_serve_with_and_without_room(keeping, monkeypatch, tmp_path
     tuning.shared.put(machine, key, second.kernel.name, second.seconds)
     monkeypatch.setattr(_keeping, "LEAN", 1 << 30)
     assert backends.choose_for(P, torch.float32).measured_now
+
+
+def test_a_second_look_finds_room_for_what_is_kept_already(keeping, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    monkeypatch.setattr(_keeping, "LEAN", SIZE)  # for one layer, not for the same one twice
+    monkeypatch.setattr(backends, "_LATER", 0.0)
+    measured = []
+
+    def measure(kernels, *args) -> dict[str, float]:
+        measured.append([k.name for k in kernels])
+        return {k.name: {"direct kept": 1.0, "direct": 1.2}.get(k.name, 9.0) for k in kernels}
+
+    monkeypatch.setattr(backends, "_measure", measure)
+    module = layer()
+    for _ in range(3):
+        assert kernel_of(module) == "kept"
+    assert [set(names) for names in measured[1:]] == [{"direct kept", "direct"}]
+    gc.collect()
+    assert keeping.held == SIZE
