@@ -4,12 +4,10 @@ import importlib.util
 import os
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 from types import ModuleType
 
 import background
-import pybind11
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -17,24 +15,27 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 SCHEDULES = [("lockstep", 0, 1), ("reversed", 1, 1), ("ahead-1", 2, 1), ("ahead-2", 2, 2), ("ahead-3", 2, 3)]
 
 
+# In a process of its own, which compiles while other tests run. Not into torch's shared cache: a killed test run leaves
+# a lock there, and the next would wait for it.
+LOAD = """
+import sys
+from torch.utils.cpp_extension import load
+name, source, *flags = sys.argv[1:]
+load(name, [source], extra_cflags=flags, build_directory=".")
+"""
+
+
 def extension(source: str, optimization: str) -> background.Job | None:
     """Compiles a file of this folder to a Python module r3d_SOURCE; None without a compiler."""
     if COMPILER is None:
         return None
-    name = f"r3d_{source}"
-    flags = [
-        optimization,
-        "-g0",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-Wno-unknown-pragmas",
-    ]
-    includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
-    macros = ["-DR3D_EMU", f"-DR3D_MODULE={name}"]
-    file = str(HERE / f"{source}.cpp")
-    return background.Job([COMPILER, *flags, *macros, *includes, file, "-o", f"{name}.so"])
+    flags = [optimization, "-g0", "-DR3D_EMU", "-Wno-unknown-pragmas"]
+    # ninja is in the environment's bin folder, which is on the PATH only when the environment is activated
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    return background.Job(
+        [sys.executable, "-c", LOAD, f"r3d_{source}", str(HERE / f"{source}.cpp"), *flags],
+        env={**os.environ, "PATH": path},
+    )
 
 
 # The fixtures that wait for a compiler. The Hopper convolution is an extension of its own: it is a minute of
@@ -59,8 +60,8 @@ def loaded(fixture: str) -> ModuleType:
         pytest.skip("the emulated kernels need a C++ compiler")
     done = job.result(timeout=600)
     assert done.returncode == 0, done.stderr
-    name = Path(job.command[-1]).stem
-    spec = importlib.util.spec_from_file_location(name, job.folder / job.command[-1])
+    name = job.command[3]
+    spec = importlib.util.spec_from_file_location(name, job.folder / f"{name}.so")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

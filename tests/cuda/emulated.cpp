@@ -16,7 +16,7 @@ static T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-PYBIND11_MODULE(R3D_MODULE, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
       [](int schedule, unsigned seed, int multiprocessors) {

@@ -51,7 +51,7 @@ static py::dict layout(const r3d::ConvGeometry& g, r3d::DType t) {
   return d;
 }
 
-PYBIND11_MODULE(R3D_MODULE, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
       [](int schedule, unsigned seed, bool late_copies, int fewer_waited, int skip_barrier,

@@ -43,7 +43,7 @@ static T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-PYBIND11_MODULE(R3D_MODULE, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
       [](int schedule, unsigned seed, bool late_copies, bool late_products, int multiprocessors) {
