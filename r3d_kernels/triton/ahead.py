@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -129,4 +129,21 @@ def compile_all(
             done()
     finally:
         pool.shutdown(cancel_futures=True)  # no thread is left, which a fork would lose
+    lost = [key for key, error in found.items() if _is_parsers(error)]
+    if lost:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for key in lost:
+                begun, error = run(unique[key])
+                found[key] = error if begun else found[key]
     return found
+
+
+def _is_parsers(error: BaseException | None) -> bool:
+    """Whether Python's parser failed, and not the compiler.
+
+    Threads share one count of its depth: a collection of garbage in the middle of `ast.parse` that lets another thread
+    parse ends in a SystemError (github.com/python/cpython/issues/106905). Alone it does not happen.
+    """
+    while error is not None and not isinstance(error, SystemError):
+        error = error.__cause__
+    return error is not None

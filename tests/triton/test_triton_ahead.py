@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import sys
 import threading
 
 import pytest
@@ -12,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from r3d_kernels import backends, tuning
 from r3d_kernels.problems import ConvProblem
-from r3d_kernels.triton import ahead, conv3d, tuner
+from r3d_kernels.triton import ahead, conv3d, kernels, tuner
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.config import Config
 
@@ -142,6 +144,64 @@ def test_no_compilation_begins_after_the_time(monkeypatch) -> None:
     assert list(found) == [(0,), (1,), (2,)]
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_what_pythons_parser_lost_is_compiled_again_alone(always: bool, monkeypatch) -> None:
+    """It counts its depth for all threads at once, and refuses where the count does not add up."""
+    monkeypatch.setattr(ahead, "threads", lambda: 2)
+    tried: list[str] = []
+
+    def parse() -> None:
+        tried.append(threading.current_thread().name)
+        if always or tried[-1].startswith("r3d_kernels_triton"):
+            raise SystemError("AST constructor recursion depth mismatch (before=15, after=10)")
+
+    def compile() -> None:
+        try:
+            parse()
+        except SystemError as e:
+            raise ValueError("at 130:21:") from e  # as the compiler says where
+
+    def fails() -> None:
+        tried.append("other")
+        raise ValueError("another reason")
+
+    jobs = [ahead.Job(("lost",), compile), ahead.Job(("bad",), fails), ahead.Job(("good",), lambda: None)]
+    found = ahead.compile_all(jobs, torch.device("cpu"))
+    assert isinstance(found["lost",], ValueError if always else type(None))
+    assert tried.count("other") == 1, "what is wrong stays wrong"
+    assert len(tried) == 3
+    assert isinstance(found["bad",], ValueError)
+    assert found["good",] is None
+
+
+def collects_garbage(phase: str, info: dict) -> None:
+    """Python code in the middle of whatever made the garbage, as Hypothesis has it: another thread may go on."""
+    for _ in range(100):
+        pass
+
+
+def test_kernels_are_parsed_in_threads_while_garbage_is_collected(monkeypatch) -> None:
+    monkeypatch.setattr(ahead, "threads", lambda: 4)
+    parsed = [kernels.conv3d_tiled, kernels.conv3d_rows, kernels.conv3d_weight_grad]
+
+    def compile() -> None:
+        for _ in range(40):
+            for kernel in parsed:
+                kernel.parse()
+
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    gc.callbacks.append(collects_garbage)
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(50)
+        found = ahead.compile_all([ahead.Job((i,), compile) for i in range(8)], torch.device("cpu"))
+    finally:
+        gc.callbacks.remove(collects_garbage)
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+    assert set(found.values()) == {None}
+
+
 # ---- in the tuner ----
 
 P = ConvProblem.parse("n1c32d2h4w4k32f3p1+relu")
@@ -172,7 +232,9 @@ def as_on_gpu(driver, monkeypatch, tmp_path):
     monkeypatch.setattr(ahead, "threads", lambda: 2)
     for task in ("FORWARD", "INPUT_GRAD", "WEIGHT_GRAD"):
         monkeypatch.setattr(tuner, task, dataclasses.replace(getattr(tuner, task), budget=1e9))
-    return driver
+    gc.disable()  # nothing is to be compiled again, see test_kernels_are_parsed_in_threads_...
+    yield driver
+    gc.enable()
 
 
 def test_all_candidates_are_compiled_before_any_is_measured(as_on_gpu, monkeypatch) -> None:
