@@ -1,6 +1,6 @@
 // Plain C++ for every processor: vectors of four floats, which compilers map to SSE2, NEON, ... or plain
 // code.
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 // What -O3 adds costs these kernels a tenth of their speed, and the compiler as much time again.
 #pragma GCC optimize("O2")
 #endif
