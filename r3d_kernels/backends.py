@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
 from contextvars import ContextVar, Token
@@ -410,7 +409,7 @@ def _piece(
 def _measure(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
-    """Seconds of each kernel; the stock layers may be timed on a part and scaled."""
+    """Best seconds of each kernel; the stock layers may be timed on a part and scaled."""
     if request.device.type == "cuda":
         return _race_on_gpu(kernels, packs, x, residual, request)
     stock = next((k for k in kernels if k.name == "stock"), None)
@@ -498,11 +497,10 @@ def _race_on_gpu(
 def _race(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
-    """Seconds of each kernel, interleaved; a kernel that is far behind is not repeated.
+    """Best seconds of each kernel, interleaved; a kernel that is far behind is not repeated.
 
     Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
-    they take less than _THREE_ROUNDS. Of three rounds and more the median counts: the best is one that found its data
-    in the caches, which in a network other layers have used, and kernels live on them to very different degrees.
+    they take less than _THREE_ROUNDS.
     """
 
     def once(kernel: Kernel) -> float:
@@ -516,7 +514,6 @@ def _race(
     # One call that took longer than the whole budget, and far longer than others, has told enough.
     hopeless = max(_BUDGET, 3 * min(best.values()))
     running, spent, rounds = [k for k in kernels if best[k.name] <= hopeless], 0.0, 0
-    samples: dict[str, list[float]] = {k.name: [] for k in kernels}
     # The winner runs once more in any case: its first call is no measure of the others to come.
     while rounds == 0 or (
         len(running) > 1 and rounds < 12 and (spent < _BUDGET or (rounds < 3 and spent < _THREE_ROUNDS))
@@ -524,13 +521,12 @@ def _race(
         for k in running:
             t = once(k)
             best[k.name] = min(best[k.name], t)
-            samples[k.name].append(t)
             spent += t
         rounds += 1
         # The best of two calls that is this far behind is not noise, even on a busy machine.
         limit = 3 * min(best.values())
         running = [k for k in running if best[k.name] <= limit or rounds < 2]
-    return {name: statistics.median(samples[name]) if len(samples[name]) > 2 else best[name] for name in best}
+    return best
 
 
 def _price_of_memory(kernel: Kernel, request: Request) -> float:

@@ -167,7 +167,7 @@ class TuningCache:
             self._unsaved.clear()
 
     def get(self, machine: str, problem: str) -> dict | None:
-        """{"kernel": name, "seconds": {name: seconds}}, with "again": True where `put` said so; or None."""
+        """{"kernel": name, "seconds": {name: best}}, with "again": True where `put` said so; or None."""
         with self._lock:
             self._load()
             return self._entries.get(machine, {}).get(problem)
@@ -180,7 +180,7 @@ class TuningCache:
         Args:
             machine, problem: the key of the entry.
             kernel: the winner.
-            seconds: the time of each kernel.
+            seconds: the best time of each kernel.
             again: whether close rivals should be measured once more.
         """
         with self._lock:
