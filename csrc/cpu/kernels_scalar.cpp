@@ -1,7 +1,8 @@
 // Plain C++ for every processor: vectors of four floats, which compilers map to SSE2, NEON, ... or plain
 // code.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-// What -O3 adds costs these kernels a tenth of their speed, and the compiler as much time again.
+// What -O3 adds costs these kernels a tenth of their speed, and the compiler half as much time again. Not
+// where sanitizers ask for less than this.
 #pragma GCC optimize("O2")
 #endif
 #include "kernels.h"

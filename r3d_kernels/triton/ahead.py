@@ -134,7 +134,10 @@ def compile_all(
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for key in lost:
                 begun, error = run(unique[key])
-                found[key] = error if begun else found[key]
+                if begun:
+                    found[key] = error
+                else:
+                    del found[key]
     return found
 
 

@@ -174,6 +174,20 @@ def test_what_pythons_parser_lost_is_compiled_again_alone(always: bool, monkeypa
     assert found["good",] is None
 
 
+def test_what_pythons_parser_lost_has_not_failed_when_the_time_is_over(monkeypatch) -> None:
+    """It is as good as not begun: whoever wants it compiles it."""
+    monkeypatch.setattr(ahead, "threads", lambda: 1)
+    now = [0.0]
+
+    def compile() -> None:
+        now[0] += 6.0
+        raise SystemError("AST constructor recursion depth mismatch (before=15, after=10)")
+
+    jobs = [ahead.Job(("lost",), compile), ahead.Job(("good",), lambda: None)]
+    found = ahead.compile_all(jobs, torch.device("cpu"), seconds=3.0, clock=lambda: now[0])
+    assert found == {}
+
+
 def collects_garbage(phase: str, info: dict) -> None:
     """Python code in the middle of whatever made the garbage, as Hypothesis has it: another thread may go on."""
     for _ in range(100):
