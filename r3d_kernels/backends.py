@@ -342,9 +342,14 @@ _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the nois
 _BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
 _CLOSE = 1.3  # rivals within this factor may have lost by the machine's changing speed
 _LATER = 2.0  # seconds after which its speed may be another
+_LOOKS = (
+    3  # more measurements of close rivals: one in this process, two in the next, as slow minutes are long
+)
+_LOOKS_OF_A_PROCESS = 2  # the first measurement is one
 _THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
-_looked: dict[tuple[str, str], float] = {}  # when this process measured what it is to measure again
+# When this process last measured what is to be measured again, and how often it has
+_looked: dict[tuple[str, str], tuple[float, int]] = {}
 
 
 def synchronize(device: torch.device) -> None:
@@ -497,10 +502,11 @@ def _race_on_gpu(
 def _race(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
-    """Best seconds of each kernel, interleaved; a kernel that is far behind is not repeated.
+    """Seconds of each kernel, interleaved: the lower quartile; a kernel that is far behind is not repeated.
 
     Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
-    they take less than _THREE_ROUNDS.
+    they take less than _THREE_ROUNDS. The best of many calls may be one that found in the caches what it seldom finds
+    there, and the median one of a busy moment: three calls give the best, twelve the fourth.
     """
 
     def once(kernel: Kernel) -> float:
@@ -510,7 +516,8 @@ def _race(
         synchronize(request.device)
         return time.perf_counter() - start
 
-    best = {k.name: once(k) for k in kernels}  # warm-up: page faults, lazy initialisation
+    taken = {k.name: [once(k)] for k in kernels}  # warm-up: page faults, lazy initialisation
+    best = {name: times[0] for name, times in taken.items()}
     # One call that took longer than the whole budget, and far longer than others, has told enough.
     hopeless = max(_BUDGET, 3 * min(best.values()))
     running, spent, rounds = [k for k in kernels if best[k.name] <= hopeless], 0.0, 0
@@ -520,13 +527,14 @@ def _race(
     ):
         for k in running:
             t = once(k)
+            taken[k.name].append(t)
             best[k.name] = min(best[k.name], t)
             spent += t
         rounds += 1
         # The best of two calls that is this far behind is not noise, even on a busy machine.
         limit = 3 * min(best.values())
         running = [k for k in running if best[k.name] <= limit or rounds < 2]
-    return best
+    return {name: sorted(times)[(len(times) - 1) // 4] for name, times in taken.items()}
 
 
 def _price_of_memory(kernel: Kernel, request: Request) -> float:
@@ -651,8 +659,19 @@ def _remembered(
         kernel = _winner(able, seconds, request)
     if kernel is None:
         return None
-    again = _looked.get((machine, key), -_LATER) + _LATER if known.get("again") else None
-    return Choice(kernel, f"measured earlier: {_why(kernel.name, seconds)}{note}", seconds, look_again=again)
+    reason = f"measured earlier: {_why(kernel.name, seconds)}{note}"
+    return Choice(kernel, reason, seconds, look_again=_next_look(machine, key, _looks_left(known)))
+
+
+def _looks_left(known: dict) -> int:
+    left = known.get("again", 0)
+    return left if isinstance(left, int) else 0
+
+
+def _next_look(machine: str, key: str, left: int) -> float | None:
+    """When this process measures close rivals again, with `left` more looks to be had by all."""
+    last, count = _looked.get((machine, key), (-_LATER, 0))
+    return last + _LATER if left > 0 and count < _LOOKS_OF_A_PROCESS else None
 
 
 def choose(
@@ -714,22 +733,26 @@ def choose(
         known = _remembered(machine, key, able, request, note)
         if known is not None and not known.doubtful():
             return known
+        left = _LOOKS if known is None else 0
         if known is None:
             seconds = _measure(able, _Packs(able, packed), x, residual, request)
         else:
-            seconds = dict(tuning.shared.get(machine, key)["seconds"])
+            entry = tuning.shared.get(machine, key)
+            seconds = dict(entry["seconds"])
             if rivals := _close(able, seconds, request):
                 second = _measure(rivals, _Packs(rivals, packed), x, residual, request)
                 seconds |= {name: min(taken, seconds[name]) for name, taken in second.items()}
+                left = _looks_left(entry) - 1
         able = [k for k in able if k.name in seconds]
         winner = _winner(able, seconds, request)
-        again = None
-        if known is not None:
+        if left > 0 and _close(able, seconds, request):
+            count = 0 if known is None else _looked.get((machine, key), (0.0, 0))[1]
+            _looked[machine, key] = time.monotonic(), count + 1
+        else:
+            left = 0
             _looked.pop((machine, key), None)
-        elif _close(able, seconds, request):
-            _looked[machine, key] = time.monotonic()
-            again = _looked[machine, key] + _LATER
-        tuning.shared.put(machine, key, winner.name, seconds, again=again is not None)
+        again = _next_look(machine, key, left)
+        tuning.shared.put(machine, key, winner.name, seconds, again=left)
         seconds = {k.name: seconds[k.name] for k in able}
     reason = f"measured: {_why(winner.name, seconds)}{note}"
     return Choice(winner, reason, seconds, measured_now=True, look_again=again)

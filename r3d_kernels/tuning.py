@@ -167,25 +167,23 @@ class TuningCache:
             self._unsaved.clear()
 
     def get(self, machine: str, problem: str) -> dict | None:
-        """{"kernel": name, "seconds": {name: best}}, with "again": True where `put` said so; or None."""
+        """{"kernel": name, "seconds": {name: seconds}}, with "again": number where `put` was told one; or None."""
         with self._lock:
             self._load()
             return self._entries.get(machine, {}).get(problem)
 
-    def put(
-        self, machine: str, problem: str, kernel: str, seconds: dict[str, float], again: bool = False
-    ) -> None:
+    def put(self, machine: str, problem: str, kernel: str, seconds: dict[str, float], again: int = 0) -> None:
         """Remembers a measurement, in memory at once and on disk where that is possible.
 
         Args:
             machine, problem: the key of the entry.
             kernel: the winner.
-            seconds: the best time of each kernel.
-            again: whether close rivals should be measured once more.
+            seconds: the time of each kernel.
+            again: how often close rivals should be measured once more.
         """
         with self._lock:
             self._load()
-            entry = {"kernel": kernel, "seconds": seconds} | ({"again": True} if again else {})
+            entry = {"kernel": kernel, "seconds": seconds} | ({"again": again} if again else {})
             self._entries.setdefault(machine, {})[problem] = entry
             self._unsaved.add((machine, problem))
             # A read-only or full disk must not stop a forward pass.

@@ -282,9 +282,7 @@ def test_close_rivals_are_measured_again_when_the_machine_may_have_calmed_down(m
     assert run(same).kernel == "stock"
     assert run(module).kernel == "stock"
     assert watch.measured == [able]
-    assert [
-        e["again"] for m in json.loads(measured.read_text())["machines"].values() for e in m.values()
-    ] == [True]
+    assert looks_left(measured) == [3]
 
     watch.now += backends._LATER
     watch.seconds = {"direct": 0.8, "stock": 1.1}
@@ -294,13 +292,27 @@ def test_close_rivals_are_measured_again_when_the_machine_may_have_calmed_down(m
     assert record.reason == "measured: fastest"
     assert record.timings == dict.fromkeys(able, 9.0) | {"direct": 0.8, "stock": 1.0}  # the best of both
 
-    watch.now += 100.0
-    assert run(module).kernel.startswith("direct ")
-    assert run(same).kernel.startswith("direct ")
-    assert "again" not in measured.read_text()
-    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())  # another process
-    assert run(layer()).kernel.startswith("direct ")
+    for _ in range(3):  # that was all of it in this process
+        watch.now += 100.0
+        assert run(module).kernel.startswith("direct ")
+        assert run(same).kernel.startswith("direct ")
     assert len(watch.measured) == 2
+    assert looks_left(measured) == [2]
+    for _process in range(3):  # slow minutes may outlive a process
+        monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+        monkeypatch.setattr(backends, "_looked", {})
+        watch.seconds = {"direct": 1.0, "stock": 0.7}
+        module = layer()
+        for _ in range(3):
+            assert run(module).kernel == "stock"
+            watch.now += 100.0
+        assert len(watch.measured) == 4
+        assert looks_left(measured) == []
+
+
+def looks_left(path) -> list[int]:
+    machines = json.loads(path.read_text())["machines"].values()
+    return [entry["again"] for entries in machines for entry in entries.values() if "again" in entry]
 
 
 def test_another_process_measures_close_rivals_again_at_once(measured, monkeypatch) -> None:
@@ -311,6 +323,48 @@ def test_another_process_measures_close_rivals_again_at_once(measured, monkeypat
     assert run(layer()).reason == "measured: fastest"
     assert run(layer()).reason == "measured earlier: fastest"
     assert len(watch.measured) == 2
+
+
+@pytest.mark.parametrize("again", [True, 1])  # True: of 0.1.0 before it counted
+def test_what_is_clear_at_a_second_look_is_settled(again, measured, monkeypatch) -> None:
+    watch = Watch(monkeypatch, direct=1.0, stock=1.1)
+    run(layer())
+    data = json.loads(measured.read_text())
+    for entries in data["machines"].values():
+        for entry in entries.values():
+            entry["again"] = again
+    measured.write_text(json.dumps(data))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    monkeypatch.setattr(backends, "_looked", {})
+    assert run(layer()).reason == "measured: fastest"
+    assert looks_left(measured) == []
+    for entries in data["machines"].values():
+        for entry in entries.values():
+            entry["again"] = 3
+    measured.write_text(json.dumps(data))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    watch.seconds = {"direct": 0.5, "stock": 1.1}  # no rivals any more
+    assert run(layer()).reason == "measured: fastest"
+    assert looks_left(measured) == []
+    assert len(watch.measured) == 3
+
+
+def test_the_lower_quartile_decides(monkeypatch) -> None:
+    """Not the best call, which found in the caches what it seldom finds there, and not a busy machine's median."""
+    clock = [0.0]
+    monkeypatch.setattr(backends.time, "perf_counter", lambda: clock[0])
+
+    class Told(Sleeper):
+        def run(self, *args) -> None:
+            clock[0] += self.told[self.calls % len(self.told)]
+            self.calls += 1
+
+    lucky, steady = Told("lucky", 0.0), Told("steady", 0.0)
+    lucky.told, steady.told = [3e-3, 1e-3, *[3e-3] * 11], [2e-3, 2e-3, *[9e-3] * 2, *[2e-3] * 9]
+    packs = {"lucky": None, "steady": None}
+    seconds = backends._race([lucky, steady], packs, None, None, request_for())
+    assert lucky.calls == steady.calls == 13
+    assert seconds == pytest.approx({"lucky": 3e-3, "steady": 2e-3})
 
 
 @pytest.mark.parametrize(("seconds", "device"), [((1.0, 1.4), "cpu"), ((1.0, 1.0), "cuda")])

@@ -305,7 +305,8 @@ struct Winograd {
   static constexpr int kMost = V::kPanelVectors;
   // Channels summed at a time; in panels fewer of many points, whose weights would take all of L2.
   static constexpr int64_t kPiece = 64, kPanelPiece = kStrided || kFilters > 100 ? 32 : kPiece;
-  static constexpr int64_t kMostWeights = 4 << 20;  // bytes of transformed weights at a time, twice in panels
+  static constexpr int64_t kMostWeights = 5 << 20;  // bytes of transformed weights at a time, ...
+  static constexpr int64_t kMostPanel = 8 << 20;    // ... or of one panel, where that is more
   static constexpr int64_t kMostInputs = 5 << 20;   // bytes of all inputs, where they are transformed at once
 
   const WinogradArgs& args;
@@ -369,11 +370,12 @@ struct Winograd {
     }
   }
 
-  // One plane after the other, so that nothing has to leave the registers.
+  // Planes [kFirst, kEnd), one after the other, so that nothing has to leave the registers.
+  template <int kFirst, int kEnd>
   static void filter(const float* flat, float* u, int64_t point) {
     constexpr int kFace = AY::taps * AX::taps;
 #pragma GCC unroll 6
-    for (int t = 0; t < AP::filters; ++t) {
+    for (int t = kFirst; t < kEnd; ++t) {
       V::Reg plane[kFace];
 #pragma GCC unroll 9
       for (int i = 0; i < kFace; ++i) {
@@ -393,7 +395,7 @@ struct Winograd {
 #pragma GCC unroll 6
         for (int r = 0; r < AY::filters; ++r) rows[r][s] = out[r];
       }
-      float* to = u + t * kPlaneFilters * point;
+      float* to = u + (t - kFirst) * kPlaneFilters * point;
 #pragma GCC unroll 6
       for (int r = 0; r < AY::filters; ++r) {
         V::Reg out[AX::filters];
@@ -410,7 +412,7 @@ struct Winograd {
     for (int j = 0; j < vectors; ++j) {
       read_weights(k0 + j * V::kLanes, c0, count, flat);
       for (int c = 0; c < count; ++c)
-        filter(flat + c * kTaps * V::kLanes, u + (c * vectors + j) * V::kLanes, point);
+        filter<0, AP::filters>(flat + c * kTaps * V::kLanes, u + (c * vectors + j) * V::kLanes, point);
     }
   }
 
@@ -929,7 +931,7 @@ struct Winograd {
   void run_blocks() const {
     // Narrow panels where the weights of a wide one would take too much memory.
     int most = kMost;
-    while (most > 1 && kFilters * odd_lines(g.c * most * V::kLanes) * 4 > 2 * kMostWeights) most /= 2;
+    while (most > 1 && kFilters * odd_lines(g.c * most * V::kLanes) * 4 > kMostPanel) most /= 2;
     const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
     const int64_t point_step = odd_lines(g.c * width), panel_step = kFilters * point_step;
     int64_t group = kMostWeights / (panel_step * 4);
@@ -980,32 +982,59 @@ struct Winograd {
       __builtin_prefetch(from + i / lines * run_step + i % lines * kLine, 0, 2);
   }
 
+  // A piece of the channels of a panel: V and the sums of all points, and what is asked for meanwhile.
+  struct PanelPiece {
+    const float *v, *flat;  // flat: [channels / lanes][vector][c % lanes][tap][k % lanes]
+    float *u, *m;
+    int64_t c, next_k, next_c;
+    int vectors, channels;
+  };
+
+  // The products of the planes of points that share plane kFilter of the filters. Those are made when they
+  // are due: the weights of all planes would fill L2, where V and the sums lie as well.
+  template <int kFilter>
+  void panel_planes(const PanelPiece& piece) const {
+    const int64_t width = piece.vectors * V::kLanes, point_step = odd_lines(piece.channels * width),
+                  stride_m = point_floats(tiles(), width);
+    for (int64_t c = 0; c < piece.channels; ++c)
+      for (int j = 0; j < piece.vectors; ++j)
+        filter<kFilter, kFilter + 1>(
+            piece.flat +
+                ((c / V::kLanes * piece.vectors + j) * V::kLanes + c % V::kLanes) * kTaps * V::kLanes,
+            piece.u + (c * piece.vectors + j) * V::kLanes, point_step);
+    for (int t = kFilter; t < AP::a && filter_plane(t) == kFilter; ++t)
+      for (int filter = 0, point = t * kPlane; filter < kPlaneFilters; ++filter) {
+        if (t == kFilter)
+          fetch_weights(piece.next_k, static_cast<int>(width), piece.next_c,
+                        kFilter * kPlaneFilters + filter);
+        multiply(piece.vectors, piece.v + piece_at(piece.c, kPanelPiece, point, kPoints), tile_floats(),
+                 kPoints * V::kLanes, piece.u + filter * point_step, piece.m + point * stride_m,
+                 sharing(filter), static_cast<int>(tiles()), piece.channels, piece.c == 0, false);
+        point += sharing(filter);
+      }
+    if constexpr (kFilter + 1 < AP::filters) panel_planes<kFilter + 1>(piece);
+  }
+
   void panel(const float* v, const Place* places, int64_t k, int vectors) const {
-    const int64_t width = vectors * V::kLanes,
-                  channels = least(kPanelPiece, ceil_div(g.c, V::kLanes) * V::kLanes),
-                  point_step = odd_lines(channels * width);
+    const int64_t width = vectors * V::kLanes, chunks = ceil_div(least(kPanelPiece, g.c), V::kLanes);
     const int64_t stride_m = point_floats(tiles(), width), ld = width + 16;
-    const int64_t u_floats = kFilters * point_step, m_floats = kPoints * stride_m;
-    float* u = static_cast<float*>(
-        scratch(1, 4 * (u_floats + m_floats + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
-    float *m = u + u_floats, *sums = m + m_floats;
+    const int64_t chunk_floats = kTaps * V::kLanes * V::kLanes, flat_floats = chunks * vectors * chunk_floats;
+    const int64_t u_floats = kPlaneFilters * odd_lines(chunks * V::kLanes * width),
+                  m_floats = kPoints * stride_m;
+    float* flat = static_cast<float*>(scratch(
+        1, 4 * (flat_floats + u_floats + m_floats + (AP::m > 1 ? tiles() * AP::m * kOutputs * ld : 0))));
+    float *u = flat + flat_floats, *m = u + u_floats, *sums = m + m_floats;
     for (int64_t c = 0; c < pieces(kPanelPiece); ++c) {
-      for (int64_t i = 0; i < piece_channels(c, kPanelPiece); i += V::kLanes)
-        weights(k, vectors, c * kPanelPiece + i,
-                static_cast<int>(least(piece_channels(c, kPanelPiece) - i, V::kLanes)), u + i * width,
-                point_step);
+      const int channels = piece_channels(c, kPanelPiece);
+      for (int64_t i = 0; i < channels; i += V::kLanes)
+        for (int j = 0; j < vectors; ++j)
+          read_weights(k + j * V::kLanes, c * kPanelPiece + i,
+                       static_cast<int>(least(channels - i, V::kLanes)),
+                       flat + (i / V::kLanes * vectors + j) * chunk_floats);
       // Meanwhile the weights of the next piece come from memory.
       const bool last = c + 1 == pieces(kPanelPiece);
-      const int64_t next_k = last ? k + width : k, next_c = last ? 0 : (c + 1) * kPanelPiece;
-      for (int t = 0, point = 0; t < AP::a; ++t)
-        for (int filter = 0; filter < kPlaneFilters; ++filter) {
-          const int of_all = filter_plane(t) * kPlaneFilters + filter;
-          if (t < AP::filters) fetch_weights(next_k, static_cast<int>(width), next_c, of_all);
-          multiply(vectors, v + piece_at(c, kPanelPiece, point, kPoints), tile_floats(), kPoints * V::kLanes,
-                   u + of_all * point_step, m + point * stride_m, sharing(filter), static_cast<int>(tiles()),
-                   piece_channels(c, kPanelPiece), c == 0, false);
-          point += sharing(filter);
-        }
+      panel_planes<0>(
+          {v, flat, u, m, c, last ? k + width : k, last ? 0 : (c + 1) * kPanelPiece, vectors, channels});
     }
     for (int group = 0; group < kGroups; ++group)
       outputs(group, m + group_plane(group) * kPlane * stride_m, stride_m, places, tiles(), k, vectors, sums,

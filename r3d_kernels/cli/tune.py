@@ -2,7 +2,8 @@
 
 Fused layers do the same by themselves at their first call; this does it beforehand, for any number of networks and
 shapes, and shows the result. On a GPU it compiles the Triton kernels of all layers together first, on several cores.
-What the tuning cache has already is not measured again, unless --clear forgets it first. Results hold for this
+What the tuning cache has already is not measured again, but for kernels that were close (three times at most, by
+this run and the next), unless --clear forgets it first. Results hold for this
 processor, this number of threads and these versions of torch and of this package.
 
   r3d-kernels tune --arch r3d_18,r3d_50 --batch 1,8 --dtype fp32,bf16 --threads 2

@@ -82,9 +82,16 @@ def test_close_rivals_are_measured_once_more_after_all_others(capsys, monkeypatc
     assert measured[:half] == measured[half:]
     assert len(set(measured)) == half == len(layers)
     assert all(layer["seconds"] == 0.8e-3 for layer in layers)
-    assert all(set(entry) == {"kernel", "seconds"} for entry in entries(cache).values())
+    assert all(entry["again"] == 2 for entry in entries(cache).values())
     assert main([*SMALL, "--json", "-"]) == 0
-    assert len(measured) == 2 * half
+    assert len(measured) == 2 * half  # twice in a process ...
+    monkeypatch.setattr(backends, "_looked", {})
+    assert main([*SMALL, "--json", "-"]) == 0
+    assert len(measured) == 4 * half  # ... and in the next
+    assert all(set(entry) == {"kernel", "seconds"} for entry in entries(cache).values())
+    monkeypatch.setattr(backends, "_looked", {})
+    assert main([*SMALL, "--json", "-"]) == 0
+    assert len(measured) == 4 * half
 
 
 def test_report(capsys, instant) -> None:
