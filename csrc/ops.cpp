@@ -411,7 +411,7 @@ Tensor conv3d_winograd_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale,
 Tensor conv3d_stem_cpu(Tensor x, Tensor weight, std::optional<Tensor> scale, Tensor bias,
                        std::optional<Tensor> residual, Ints stride, Ints padding, std::string activation,
                        int64_t tile, int64_t row_tile) {
-  R3D_CHECK(tile >= 1 && tile <= 8, "tile: expected 2, 4, 6 or 8, got ", tile);
+  R3D_CHECK(tile >= 1 && tile <= 8, "tile: expected 1, 2, 4, 6 or 8, got ", tile);
   R3D_CHECK(row_tile >= 1 && row_tile <= 4, "row_tile: expected 1, 2 or 4, got ", row_tile);
   cpu::StemArgs args{};
   args.tile = static_cast<int>(tile);

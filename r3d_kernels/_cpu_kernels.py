@@ -298,10 +298,16 @@ class AmxCpu(DirectCpu):
         return products_of_all + blocks * spread * (0.3 + 0.2 * slices) + transformed
 
 
-_STEM_TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
+_STEM_TILES = {1: (1,), 3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
 # More than 3.3e-6, a third of what the logits of a whole network may have, or no faster than a finer one.
 _COARSE_STEMS = {(3, 4): (8,), (4, 4): (8,), (7, 4): (6,)}  # by taps and rows
-_STRICT_STEMS = {3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}  # 7x7 and larger, whose stock error is larger too
+_STRICT_STEMS = {
+    1: (1,),
+    3: (2, 4),
+    4: (2, 4),
+    5: (2,),
+    6: (2,),
+}  # 7x7 and larger, whose stock error is larger too
 
 
 class StemCpu(DirectCpu):
@@ -327,7 +333,7 @@ class StemCpu(DirectCpu):
             return "needs dilation 1"
         if p.stride[0] > 2:
             return f"needs a stride of 1 or 2 along depth, got {p.stride[0]}"
-        if p.kernel[0] > 7 or self._taps(p) < 3:
+        if p.kernel[0] > 7 or (self._taps(p) < 3 and (p.kernel[0], p.stride[0]) != (1, 1)):
             return f"is not for kernel {p.kernel} with stride {p.stride}"
         if self.tile not in _STEM_TILES[self._taps(p)]:
             return f"the tile is not for {self._taps(p)} taps along depth"
@@ -355,7 +361,7 @@ class StemCpu(DirectCpu):
         if self.rows > 1:
             return False
         if p.kernel[1] * p.kernel[2] < 49:
-            return (self.tile, self._taps(p)) == (2, 3)
+            return (self.tile, self._taps(p)) in ((1, 1), (2, 3))
         return self.tile in _STRICT_STEMS.get(self._taps(p), ())
 
     def _products(self, p: ConvProblem) -> int:
@@ -396,5 +402,5 @@ CPU_KERNELS: list[Kernel] = [
     *(WinogradCpu(tile, stride=2) for tile in _STRIDED_TILES),
     *map(AmxCpu, _AMX_TILES),
     *map(StemCpu, (2, 4, 6, 8)),
-    *(StemCpu(frames, rows=4) for frames in (4, 6, 8)),
+    *(StemCpu(frames, rows=4) for frames in (1, 4, 6, 8)),
 ]

@@ -93,10 +93,11 @@ const char* stem_refuses(const ConvGeometry& g, int tile, int row_tile) {
   if (g.stride.d > 2) return "stride: stems have a stride of 1 or 2 along depth";
   if (g.kernel.d > kMostTaps) return "weight: stems have a kernel of at most 7 along depth";
   const int64_t taps = stem_taps(g);
-  if (taps < 3) return "weight: stems have a kernel of at least 3 along depth, 5 with a stride of 2";
+  if (taps < 3 && (g.kernel.d != 1 || g.stride.d != 1))
+    return "weight: stems have a kernel of 1 or at least 3 along depth, at least 5 with a stride of 2";
   if (!filter_rows(tile, taps).a)
     return "tile: expected 2, 4, 6 (for 5 or 7 taps along depth) or 8 (for 3 or 4; a stride of 2 halves "
-           "them)";
+           "them), and 1 for one tap";
   if (row_tile != 1 && row_tile != 2 && row_tile != 4) return "row_tile: expected 1, 2 or 4";
   if (row_tile > 1 && (g.kernel.h != 7 || g.stride.h != 2))
     return "row_tile: more than 1 is for kernels of 7 with a stride of 2 along height";

@@ -5,7 +5,8 @@
 // m * r. One to four channels make the input transform nearly free, width stays direct, with any stride.
 // A stride of 2 along depth takes its two input phases for channels of a filter of half the taps. Seven rows
 // with a stride of 2 along height may be taken apart likewise, here into a filter of four taps on even input
-// rows and one of three on odd rows: M output rows from 2 M + 5 products in place of 7 M.
+// rows and one of three on odd rows: M output rows from 2 M + 5 products in place of 7 M. Stems without a
+// kernel along depth, as those of R(2+1)D, have that alone.
 //
 // Points are 0, pairs of +-p, and infinity where a is even. Pairs halve the transforms: for +-p the rows of
 // the input transform are E + p O and E - p O, and the output needs the sum and the difference of two
@@ -112,8 +113,19 @@ struct StemTile {
   static constexpr StemMatrices<M, R> mats{};
 };
 
+// Frames that are taken one by one.
+struct StemNoMatrices {
+  double g[1][1] = {{1}};
+};
+template <>
+struct StemTile<1, 1> {
+  static constexpr int m = 1, taps = 1, a = 1;
+  static constexpr StemNoMatrices mats{};
+};
+
 // The tiles that are compiled: outputs, taps.
 #define R3D_STEM_TILES(X) \
+  X(1, 1)                 \
   X(2, 3)                 \
   X(4, 3) X(8, 3) X(2, 4) X(4, 4) X(8, 4) X(2, 5) X(4, 5) X(6, 5) X(2, 6) X(4, 6) X(2, 7) X(4, 7) X(6, 7)
 

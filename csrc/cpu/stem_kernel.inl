@@ -68,50 +68,58 @@ struct StemTiles {
 // The transforms of tile F for a vector of pixels or channels.
 template <class F>
 static inline __attribute__((always_inline)) void stem_input(const V::Reg* d, V::Reg* out) {
-  constexpr int a = F::a, pairs = F::mats.pairs;
-  V::Reg zero = V::mul(V::set(float(F::mats.all[0])), d[0]), last = V::zero();
-  if constexpr (a % 2 == 0) last = V::mul(V::set(float(F::mats.all[0])), d[1]);
+  if constexpr (F::a == 1) {
+    out[0] = d[0];
+  } else {
+    constexpr int a = F::a, pairs = F::mats.pairs;
+    V::Reg zero = V::mul(V::set(float(F::mats.all[0])), d[0]), last = V::zero();
+    if constexpr (a % 2 == 0) last = V::mul(V::set(float(F::mats.all[0])), d[1]);
 #pragma GCC unroll 6
-  for (int i = 1; i <= pairs; ++i) {
-    const V::Reg c = V::set(float(F::mats.all[i]));
-    zero = V::fma(c, d[2 * i], zero);
-    if constexpr (a % 2 == 0) last = V::fma(c, d[2 * i + 1], last);
-  }
-  out[0] = zero;
-  if constexpr (a % 2 == 0) out[a - 1] = last;
-#pragma GCC unroll 6
-  for (int q = 0; q < pairs; ++q) {
-    V::Reg even = V::mul(V::set(float(F::mats.but[q][0])), d[2]),
-           odd = V::mul(V::set(float(F::mats.but[q][0])), d[1]);
-#pragma GCC unroll 6
-    for (int i = 1; i < pairs; ++i) {
-      const V::Reg c = V::set(float(F::mats.but[q][i]));
-      even = V::fma(c, d[2 * i + 2], even);
-      odd = V::fma(c, d[2 * i + 1], odd);
+    for (int i = 1; i <= pairs; ++i) {
+      const V::Reg c = V::set(float(F::mats.all[i]));
+      zero = V::fma(c, d[2 * i], zero);
+      if constexpr (a % 2 == 0) last = V::fma(c, d[2 * i + 1], last);
     }
-    out[1 + 2 * q] = V::fma(V::set(float(F::mats.p[q])), odd, even);
-    out[2 + 2 * q] = V::fma(V::set(float(-F::mats.p[q])), odd, even);
+    out[0] = zero;
+    if constexpr (a % 2 == 0) out[a - 1] = last;
+#pragma GCC unroll 6
+    for (int q = 0; q < pairs; ++q) {
+      V::Reg even = V::mul(V::set(float(F::mats.but[q][0])), d[2]),
+             odd = V::mul(V::set(float(F::mats.but[q][0])), d[1]);
+#pragma GCC unroll 6
+      for (int i = 1; i < pairs; ++i) {
+        const V::Reg c = V::set(float(F::mats.but[q][i]));
+        even = V::fma(c, d[2 * i + 2], even);
+        odd = V::fma(c, d[2 * i + 1], odd);
+      }
+      out[1 + 2 * q] = V::fma(V::set(float(F::mats.p[q])), odd, even);
+      out[2 + 2 * q] = V::fma(V::set(float(-F::mats.p[q])), odd, even);
+    }
   }
 }
 
 template <class F>
 static inline __attribute__((always_inline)) void stem_output(const V::Reg* in, V::Reg* out) {
-  constexpr int a = F::a, m = F::m, pairs = F::mats.pairs;
-  V::Reg sum[pairs], difference[pairs];
-#pragma GCC unroll 6
-  for (int q = 0; q < pairs; ++q) {
-    sum[q] = V::add(in[1 + 2 * q], in[2 + 2 * q]);
-    difference[q] = V::sub(in[1 + 2 * q], in[2 + 2 * q]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < m; ++i) {
-    V::Reg v = i == 0 ? in[0] : i == m - 1 && a % 2 == 0 ? in[a - 1] : V::zero();
+  if constexpr (F::a == 1) {
+    out[0] = in[0];
+  } else {
+    constexpr int a = F::a, m = F::m, pairs = F::mats.pairs;
+    V::Reg sum[pairs], difference[pairs];
 #pragma GCC unroll 6
     for (int q = 0; q < pairs; ++q) {
-      const V::Reg& t = i % 2 ? difference[q] : sum[q];
-      v = i == 0 ? V::add(v, t) : V::fma(V::set(float(F::mats.power[i][q])), t, v);
+      sum[q] = V::add(in[1 + 2 * q], in[2 + 2 * q]);
+      difference[q] = V::sub(in[1 + 2 * q], in[2 + 2 * q]);
     }
-    out[i] = v;
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) {
+      V::Reg v = i == 0 ? in[0] : i == m - 1 && a % 2 == 0 ? in[a - 1] : V::zero();
+#pragma GCC unroll 6
+      for (int q = 0; q < pairs; ++q) {
+        const V::Reg& t = i % 2 ? difference[q] : sum[q];
+        v = i == 0 ? V::add(v, t) : V::fma(V::set(float(F::mats.power[i][q])), t, v);
+      }
+      out[i] = v;
+    }
   }
 }
 

@@ -305,9 +305,11 @@ struct Winograd {
   static constexpr int kMost = V::kPanelVectors;
   // Channels summed at a time; in panels fewer of many points, whose weights would take all of L2.
   static constexpr int64_t kPiece = 64, kPanelPiece = kStrided || kFilters > 100 ? 32 : kPiece;
-  static constexpr int64_t kMostWeights = 5 << 20;  // bytes of transformed weights at a time, ...
-  static constexpr int64_t kMostPanel = 8 << 20;    // ... or of one panel, where that is more
-  static constexpr int64_t kMostInputs = 5 << 20;   // bytes of all inputs, where they are transformed at once
+  // Bytes of transformed weights at a time. Every part of them takes the inputs' transforms once more, which
+  // of strided tiles, that overlap little and have few points, is a good part of the work.
+  static constexpr int64_t kMostWeights = (kStrided ? 9 : 4) << 20;
+  static constexpr int64_t kMostPanel = 8 << 20;   // those of one panel, where that is more
+  static constexpr int64_t kMostInputs = 5 << 20;  // bytes of all inputs, where they are transformed at once
 
   const WinogradArgs& args;
   const ConvGeometry& g;

@@ -391,15 +391,15 @@ def conv3d_stem(
 
     Args:
         x: [N, C, D, H, W], C <= 4, float32 or bfloat16, CPU; contiguous and channels_last_3d are read as they are.
-        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise). T is 3 to 7, or 5 to 7
-            with a stride of 2 along depth.
+        weight: [K, C, T, R, S], dtype of x, contiguous or channels_last_3d (copied otherwise). T is 1 or 3 to 7,
+            or 5 to 7 with a stride of 2 along depth.
         bias: float32 [K].
         scale: float32 [K], applied to the float32 sums, or None.
         residual: [N, K, D', H', W'], dtype of x, or None.
         stride: an int or three (depth, height, width); 1 or 2 along depth.
         padding: an int or three.
-        tile: output frames of a tile: 2 or 4, also 8 for 3 or 4 taps, and 6 for 5 or 7. The larger, the fewer
-            multiplications and the larger the error; csrc/cpu/stem.h has a table.
+        tile: output frames of a tile: 2 or 4, also 8 for 3 or 4 taps, and 6 for 5 or 7; 1 for one tap. The larger, the
+            fewer multiplications and the larger the error; csrc/cpu/stem.h has a table.
         row_tile: output rows of a tile: 1, or 2 or 4 for a kernel of 7 with a stride of 2 along height.
 
     Returns:

@@ -20,7 +20,7 @@ from r3d_kernels.problems import ConvProblem
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 USABLE = ISAS[: min(3, ISAS.index(backends.describe()["best_isa"]) + 1)]  # those above run the code of avx512
 LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
-TILES = {3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # taps: outputs
+TILES = {1: (1,), 3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # taps: outputs
 ALL = [(taps, 1, m) for taps, tiles in TILES.items() for m in tiles] + [
     (kernel, 2, m) for kernel in (5, 6, 7) for m in TILES[(kernel + 1) // 2]
 ]
@@ -36,6 +36,7 @@ GEOMETRIES = [
     "n1c1d3h4w3k1f3s1x3x3p1",
     "n1c3d3h3w2k8f5x1x1s2x2x3p2x1x2+relu",  # pixels that lie on padding alone
     "n2c3d5h13w61k80f3x7x7s1x2x2p1x3x3+res+relu",  # broken tiles of rows, two panels, several groups of pixels
+    "n1c3d4h29w70k45f1x7x7s1x2x2p0x3x3+relu",  # R(2+1)D
     "n1c4d6h9w70k16f7x7x3s2x2x1p3x6x1",  # rows of padding alone, with a stride of 1 along width
 ]
 
@@ -149,7 +150,7 @@ def stems(draw: st.DrawFn) -> tuple[ConvProblem, int, int]:
     """A problem and tiles for it; height and width are those of any convolution, or the height of a stem."""
     p = draw(problem_strategy(channels=(1, 2, 3, 4), max_dilation=1, groups=False))
     stride = draw(st.integers(1, 2))
-    kernel = draw(st.integers(3, 7) if stride == 1 else st.integers(5, 7))
+    kernel = draw(st.sampled_from((1, 3, 4, 5, 6, 7)) if stride == 1 else st.integers(5, 7))
     padding, out = draw(st.integers(0, 4)), draw(st.integers(1, 9))
     if draw(st.booleans()):
         rows, pad = draw(st.integers(1, 9)), draw(st.integers(0, 7))
@@ -316,13 +317,22 @@ def test_not_a_number_and_infinity_arrive(kernel: int, stride: int, tile: int, i
         ),
         ({"stride": (3, 1, 1)}, "stride: stems have a stride of 1 or 2 along depth"),
         ({"weight": torch.zeros(8, 3, 8, 3, 3)}, "weight: stems have a kernel of at most 7 along depth"),
-        ({"weight": torch.zeros(8, 3, 2, 3, 3)}, "weight: stems have a kernel of at least 3 along depth"),
-        ({"weight": torch.zeros(8, 3, 3, 3, 3), "stride": 2}, "5 with a stride of 2.*stride \\[2, 2, 2\\]"),
+        (
+            {"weight": torch.zeros(8, 3, 2, 3, 3)},
+            "weight: stems have a kernel of 1 or at least 3 along depth",
+        ),
+        (
+            {"weight": torch.zeros(8, 3, 3, 3, 3), "stride": 2},
+            "at least 5 with a stride of 2.*stride \\[2, 2, 2\\]",
+        ),
         ({"tile": 3}, "tile: expected 2, 4, 6 .*tile 3"),
         ({"tile": 8}, "tile: expected 2, 4, 6"),
         ({"tile": 6, "stride": 2}, "tile: expected 2, 4, 6"),
-        ({"tile": 0}, "tile: expected 2, 4, 6 or 8, got 0"),
-        ({"tile": 1 << 40}, "tile: expected 2, 4, 6 or 8"),
+        ({"tile": 0}, "tile: expected 1, 2, 4, 6 or 8, got 0"),
+        ({"tile": 1 << 40}, "tile: expected 1, 2, 4, 6 or 8"),
+        ({"tile": 1}, "tile: expected 2, 4, 6 .*1 for one tap"),
+        ({"weight": torch.zeros(8, 3, 1, 3, 3), "tile": 2}, "tile: expected 2, 4, 6 .*tile 2"),
+        ({"weight": torch.zeros(8, 3, 1, 3, 3), "stride": (2, 1, 1)}, "weight: stems have a kernel of 1"),
         ({"row_tile": 0}, "row_tile: expected 1, 2 or 4, got 0"),
         ({"row_tile": 3}, "row_tile: expected 1, 2 or 4.*row_tile 3"),
         ({"row_tile": 4}, "row_tile: more than 1 is for kernels of 7 with a stride of 2 along height"),
@@ -377,10 +387,13 @@ def test_predicates(monkeypatch) -> None:
     assert able("n1c3d16h112w112k64f3x7x7s1x2x2p1x3x3") == {"F(2)", "F(4)", "F(8)", "F(4,4)"}
     assert able("n1c1d16h112w112k64f7s2p3") == {"F(2)", "F(4)", "F(8)", "F(4,4)"}
     assert able("n1c1d16h112w112k64f7s2x1x2p3") == {"F(2)", "F(4)", "F(8)"}
+    assert able("n1c3d16h112w112k45f1x7x7s1x2x2p0x3x3") == {"F(1,4)"}
     for other in (
         "n1c5d16h12w12k64f7s1x2x2p3",
         "n1c3d16h12w12k64f7s3x2x2p3",
-        "n1c3d16h12w12k64f1x7x7s1x2x2p0x3x3",
+        "n1c3d16h12w12k64f1x7x7s2p0x3x3",
+        "n1c3d16h12w12k64f1x3x3s1x2x2p0x1x1",
+        "n1c3d16h12w12k64f2x7x7s2p1x3x3",
         "n1c3d16h12w12k64f3s2p1",
         "n1c3d16h12w12k64f9s2p4",
         "n1c3d16h12w12k64f3p1l1x2x1",
@@ -392,7 +405,7 @@ def test_predicates(monkeypatch) -> None:
     assert able("n1c3d16h112w112k64f3x7x7s1x2x2p1x3x3") == {"F(2)", "F(4)"}
     assert able("n1c3d16h112w112k64f7s2p3") == {"F(2)", "F(4)"}
     assert able("n1c3d16h112w112k64f3p1") == {"F(2)"}
-    assert able("n1c3d16h112w112k64f5p2") == set()
+    assert able("n1c3d16h112w112k64f5p2") == able("n1c3d16h112w112k45f1x7x7s1x2x2p0x3x3") == set()
     assert able("n1c3d16h112w112k64f7s1x2x2p3", torch.bfloat16) == {
         "F(2)",
         "F(4)",
