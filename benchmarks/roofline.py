@@ -23,7 +23,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -138,10 +137,7 @@ def measure_layer(
     With `cold` MiB, so much other memory is written before every call, as the other layers of a network do.
     """
     dtype = measure.DTYPES[dtype_name]
-    choice = backends.choose_for(problem, dtype, "cpu", backend)
-    if choice.look_again is not None:
-        time.sleep(max(0.0, choice.look_again - time.monotonic()))
-        choice = backends.choose_for(problem, dtype, "cpu", backend)
+    (choice,) = backends.choose_all([(problem, dtype)], "cpu", backend)
     request = backends.Request(problem, dtype, torch.device("cpu"), torch.get_num_threads())
     t = problem.tensors(dtype, param_dtype=torch.float32)
     tensors = backends.Layer.of(t.weight, None, (t.running_mean, t.running_var, t.gamma, t.beta, t.eps))
@@ -499,11 +495,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = Console(stderr=True)
     with torch.inference_mode(), Progress(console=status, disable=not status.is_terminal) as progress:
         task = progress.add_task("", total=2 * len(jobs))
-        # Before the first is timed: kernels that were close are measured again by then.
-        for network, dtype, layer in jobs:
+
+        def told(number: int) -> None:
+            network, dtype, layer = jobs[number]
             progress.update(task, description=f"choosing for {network} {dtype} {layer[0]}")
-            backends.choose_for(layer[2], measure.DTYPES[dtype], "cpu", args.backend)
-            progress.advance(task)
+
+        # Before the first is timed, since kernels that are close are measured again after a while.
+        backends.choose_all(
+            [(layer[2], measure.DTYPES[dtype]) for _, dtype, layer in jobs], "cpu", args.backend, told
+        )
+        progress.update(task, completed=len(jobs))
         for job in jobs:
             progress.update(task, description=f"{job[0]} {job[1]} {job[2][0]}")
             rows.append(timed(*job))

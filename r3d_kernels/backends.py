@@ -341,15 +341,11 @@ _SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 8 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
 _BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
 _CLOSE = 1.3  # rivals within this factor may have lost by the machine's changing speed
-_LATER = 2.0  # seconds after which its speed may be another
-_LOOKS = (
-    3  # more measurements of close rivals: one in this process, two in the next, as slow minutes are long
-)
-_LOOKS_OF_A_PROCESS = 2  # the first measurement is one
+# Seconds after which its speed may be another: what a second and a third measurement wait for
+_LATER = (2.0, 20.0)
 _THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
-# When this process last measured what is to be measured again, and how often it has
-_looked: dict[tuple[str, str], tuple[float, int]] = {}
+_looked: dict[tuple[str, str], float] = {}  # when this process measured what it is to measure again
 
 
 def synchronize(device: torch.device) -> None:
@@ -665,13 +661,12 @@ def _remembered(
 
 def _looks_left(known: dict) -> int:
     left = known.get("again", 0)
-    return left if isinstance(left, int) else 0
+    return min(left, len(_LATER)) if isinstance(left, int) else 0
 
 
 def _next_look(machine: str, key: str, left: int) -> float | None:
-    """When this process measures close rivals again, with `left` more looks to be had by all."""
-    last, count = _looked.get((machine, key), (-_LATER, 0))
-    return last + _LATER if left > 0 and count < _LOOKS_OF_A_PROCESS else None
+    """When close rivals are measured again, `left` more times: at once in a process that has not measured them."""
+    return _looked.get((machine, key), -math.inf) + _LATER[-left] if left > 0 else None
 
 
 def choose(
@@ -733,7 +728,7 @@ def choose(
         known = _remembered(machine, key, able, request, note)
         if known is not None and not known.doubtful():
             return known
-        left = _LOOKS if known is None else 0
+        left = len(_LATER) if known is None else 0
         if known is None:
             seconds = _measure(able, _Packs(able, packed), x, residual, request)
         else:
@@ -746,8 +741,7 @@ def choose(
         able = [k for k in able if k.name in seconds]
         winner = _winner(able, seconds, request)
         if left > 0 and _close(able, seconds, request):
-            count = 0 if known is None else _looked.get((machine, key), (0.0, 0))[1]
-            _looked[machine, key] = time.monotonic(), count + 1
+            _looked[machine, key] = time.monotonic()
         else:
             left = 0
             _looked.pop((machine, key), None)
@@ -794,6 +788,33 @@ def choose_for(
             return packs[kernel.name]
 
         return choose(request, asked, packed, t.x, t.residual)
+
+
+def choose_all(
+    problems: Iterable[tuple[ConvProblem, torch.dtype]],
+    device: torch.device | str = "cpu",
+    asked: str | None = None,
+    told: Callable[[int], None] = lambda number: None,
+) -> list[Choice]:
+    """`choose_for` of each, and again until no close rivals are to be measured once more: 22 s at least where some are.
+
+    Args:
+        problems: (problem, dtype) of each.
+        device, asked: as of `choose_for`.
+        told: is called with the number of each before it is chosen for.
+    """
+    problems = list(problems)
+    choices: list[Choice | None] = [None] * len(problems)
+    waiting = list(range(len(problems)))
+    while waiting:
+        for i in waiting:
+            told(i)
+            earlier = choices[i]
+            if earlier is not None and earlier.look_again is not None:
+                time.sleep(max(0.0, earlier.look_again - time.monotonic()))
+            choices[i] = choose_for(*problems[i], device, asked)
+        waiting = [i for i in waiting if choices[i].look_again is not None]
+    return choices
 
 
 # ----------------------------------------------------------------------------------------- what it says of itself

@@ -179,7 +179,7 @@ class TuningCache:
             machine, problem: the key of the entry.
             kernel: the winner.
             seconds: the time of each kernel.
-            again: how often close rivals should be measured once more.
+            again: how many more times close rivals should be measured.
         """
         with self._lock:
             self._load()

@@ -159,7 +159,7 @@ def test_a_second_look_finds_room_for_what_is_kept_already(keeping, monkeypatch,
     monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
     monkeypatch.setattr(_keeping, "LEAN", SIZE)  # for one layer, not for the same one twice
-    monkeypatch.setattr(backends, "_LATER", 0.0)
+    monkeypatch.setattr(backends, "_LATER", (0.0,))
     measured = []
 
     def measure(kernels, *args) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 Fused layers do the same by themselves at their first call; this does it beforehand, for any number of networks and
 shapes, and shows the result. On a GPU it compiles the Triton kernels of all layers together first, on several cores.
-What the tuning cache has already is not measured again, but for kernels that were close (three times at most, by
-this run and the next), unless --clear forgets it first. Results hold for this
-processor, this number of threads and these versions of torch and of this package.
+Kernels that were close are measured twice more, after 2 s and after 20 s: a busy machine can mislead. What the tuning
+cache has already is not measured again, unless --clear forgets it first. Results hold for this processor, this number
+of threads and these versions of torch and of this package.
 
   r3d-kernels tune --arch r3d_18,r3d_50 --batch 1,8 --dtype fp32,bf16 --threads 2
   r3d-kernels tune --arch hara_r3d_18 --in-channels 1 --frames 96 --size 96
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -271,29 +270,33 @@ def _measure(
 
     from r3d_kernels import backends
 
-    rows = []
     with _progress(err) as progress:
         compiling = progress.add_task("compiling", total=None, visible=False)
         backends.prepare(
             _requests(jobs, dtypes, device),
             lambda done, total: progress.update(compiling, completed=done, total=total, visible=done < total),
         )
-        task = progress.add_task("", total=len(dtypes) * sum(len(layers) for _, layers in jobs))
-        for network, layers in jobs:
-            for dtype in dtypes:
-                for layer, count, problem in layers:
-                    progress.update(task, description=f"{network} {dtype} {layer}")
-                    choice = backends.choose_for(problem, getattr(torch, common.DTYPES[dtype]), device)
-                    rows.append(Row(network, layer, count, problem, dtype, choice))
-                    progress.advance(task)
-        for row in rows:
-            if row.choice.look_again is not None:
-                progress.update(task, description=f"{row.network} {row.dtype} {row.layer}, once more")
-                time.sleep(max(0.0, row.choice.look_again - time.monotonic()))
-                row.choice = backends.choose_for(
-                    row.problem, getattr(torch, common.DTYPES[row.dtype]), device
-                )
-    return rows
+        places = [
+            (network, layer, count, problem, dtype)
+            for network, layers in jobs
+            for dtype in dtypes
+            for layer, count, problem in layers
+        ]
+        task = progress.add_task("", total=len(places))
+        seen: set[int] = set()
+
+        def told(number: int) -> None:
+            network, layer, _, _, dtype = places[number]
+            again = ", once more" if number in seen else ""
+            progress.update(task, completed=len(seen), description=f"{network} {dtype} {layer}{again}")
+            seen.add(number)
+
+        choices = backends.choose_all(
+            [(problem, getattr(torch, common.DTYPES[dtype])) for *_, problem, dtype in places],
+            device,
+            told=told,
+        )
+    return [Row(*place, choice) for place, choice in zip(places, choices, strict=True)]
 
 
 def _progress(err: Console) -> Any:
