@@ -301,13 +301,8 @@ class AmxCpu(DirectCpu):
 _STEM_TILES = {1: (1,), 3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
 # More than 3.3e-6, a third of what the logits of a whole network may have, or no faster than a finer one.
 _COARSE_STEMS = {(3, 4): (8,), (4, 4): (8,), (7, 4): (6,)}  # by taps and rows
-_STRICT_STEMS = {
-    1: (1,),
-    3: (2, 4),
-    4: (2, 4),
-    5: (2,),
-    6: (2,),
-}  # 7x7 and larger, whose stock error is larger too
+# Of 7x7 and larger, whose stock error is larger too
+_STRICT_STEMS = {1: (1,), 3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}
 
 
 class StemCpu(DirectCpu):

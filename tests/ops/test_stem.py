@@ -444,6 +444,26 @@ def test_kernel_classes(tile: int, rows: int, dtype: torch.dtype) -> None:
     assert kernel.cycles(request) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_class_of_one_frame(dtype: torch.dtype) -> None:
+    layer = (
+        r3d.ConvBNAct3d(3, 45, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), fused=False).eval().to(dtype)
+    )
+    x = torch.randn(1, 3, 5, 21, 20).to(dtype)
+    p = ConvProblem.parse("n1c3d5h21w20k45f1x7x7s1x2x2p0x3x3+relu")
+    request = backends.Request(p, dtype, torch.device("cpu"), 2)
+    kernel = next(k for k in backends.KERNELS if k.name == "stem F(1,4)")
+    bn = layer.bn
+    norm = (bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    pack = kernel.pack(backends.Layer.of(layer.conv.weight, None, norm), request)
+    with torch.no_grad():
+        want = layer.double()(x.double())
+    assert_keeps_promise(kernel.run(pack, x, None, request), want, want.to(dtype))
+    # 11 output rows are 3 tiles of 13 products, each of 3 channels and 7 columns
+    assert backends.work(kernel, request).macs == 5 * 3 * 13 * 10 * 45 * 3 * 7
+    assert kernel.cycles(request) > 0
+
+
 def test_chosen_without_a_measurement(monkeypatch) -> None:
     monkeypatch.setenv("R3D_KERNELS_TUNE", "0")
     monkeypatch.delenv("R3D_KERNELS_FP32", raising=False)
