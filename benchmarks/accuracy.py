@@ -9,6 +9,7 @@ the bare convolution, beside that of the stock layer on the same data.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ TILES = {
 TWO_FRAMES = ((2, 2, 2), (2, 4, 4))  # those with products of their own where an input has just two
 CHANNELS = (64, 128, 256, 512)
 SIZE = (4, 14, 14)
+FEW_PIXELS = 512  # sums of kept weights are as long as the others beyond that
 
 
 def measure_strided(kernel: tuple[int, int, int], c: int) -> dict[str, float]:
@@ -73,6 +75,10 @@ def measure_one(
     zeros = torch.zeros(c)
     y = ops.conv3d_direct(x, weight, zeros, activation=None, **geometry)
     errors["direct"] = relative_error(y, want)
+    if math.prod(want.shape[2:]) <= FEW_PIXELS:
+        kept = ops.conv3d_keep(weight, x.shape, **geometry)
+        y = ops.conv3d_direct(x, weight, zeros, activation=None, kept=kept, **geometry)
+        errors["direct kept"] = relative_error(y, want)
     plain = stride == 1 and frames == SIZE[0]
     for tile in WINOGRAD[kernel] if plain else TWO_FRAMES if stride == 1 else STRIDED[kernel]:
         y = ops.conv3d_winograd(x, weight, zeros, activation=None, tile=tile, **geometry)

@@ -64,7 +64,7 @@ class DirectCpu:
 
 
 class KeptCpu(DirectCpu):
-    """The direct convolution of few pixels with weights that were turned once and are kept: the same bits, sooner.
+    """The direct convolution of few pixels with weights that were turned once and are kept.
 
     With very few pixels, planes of taps that only meet padding are left out. In lean memory mode only float32 layers
     at batch 1 keep weights, and all of a process no more than `_keeping.LEAN` bytes, first come, first served.

@@ -67,7 +67,7 @@ struct DirectArgs {
   ConvArgs conv;              // conv.weight is the parameter, [K, C, T, R, S]
   bool weight_channels_last;  // [K, T, R, S, C] in memory
   const float* scale;         // [K], multiplied into the sums, or null
-  const void* kept;           // what keep_weights made for the same geometry, or null: the same sums, sooner
+  const void* kept;           // what keep_weights made for the same geometry, or null: sooner, in longer sums
 };
 void conv3d_direct(const DirectArgs& args);
 

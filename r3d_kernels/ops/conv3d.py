@@ -302,7 +302,7 @@ def conv3d_direct(
     """``act(conv3d(x, weight) * scale + bias + residual)`` on the vector unit, from the parameter itself.
 
     The weights are turned for the kernel at every call: at most 8 MiB of them exist a second time, and only while the
-    call lasts. With `kept` weights they are not: the same bits, sooner.
+    call lasts. With `kept` weights they are not: sooner, and rounded otherwise (longer sums).
 
     Args:
         x: [N, C, D, H, W], float32 or bfloat16, CPU; made channels_last_3d if it is not.

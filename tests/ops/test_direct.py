@@ -59,7 +59,13 @@ GEOMETRIES = [
 ]
 
 
-def run(p: ConvProblem, dtype: torch.dtype, layout=torch.contiguous_format, scaled: bool = True):
+def run(
+    p: ConvProblem,
+    dtype: torch.dtype,
+    layout=torch.contiguous_format,
+    scaled: bool = True,
+    kept: torch.Tensor | None = None,
+):
     t = p.tensors(dtype)
     scale, shift = torch.rand(p.k) + 0.5 if scaled else None, torch.randn(p.k)
     y = ops.conv3d_direct(
@@ -72,6 +78,7 @@ def run(p: ConvProblem, dtype: torch.dtype, layout=torch.contiguous_format, scal
         padding=p.padding,
         dilation=p.dilation,
         activation=p.activation,
+        kept=kept,
     )
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last_3d) or not y.numel()
