@@ -571,8 +571,9 @@ struct Direct {
     return g.out.w >= 3 && g.out.w <= 128 && (g.padding.d > 0 || g.padding.h > 0 || g.padding.w > 0);
   }
 
-  // Output channels [ka, kb); ka starts a panel.
-  void run(int64_t ka, int64_t kb) const {
+  // Output channels [ka, kb); ka starts a panel. With `own`, every thread turns the weights that it needs for
+  // itself: those of another thread's come slowly where the two do not share a cache.
+  void run(int64_t ka, int64_t kb, const Parameter<V, Math, T>* own = nullptr) const {
     const int64_t m = g.pixels(), panel_width = kPanelVectors * V::kLanes;
     const int64_t panels = (kb - ka + panel_width - 1) / panel_width;
     const int threads = thread_pool().threads();
@@ -593,6 +594,18 @@ struct Direct {
     const int64_t per_split = (panels + splits - 1) / splits;
     splits = (panels + per_split - 1) / per_split;
     parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
+      Direct mine = *this;
+      if (own) {
+        const int64_t split_width = per_split * panel_width,
+                      padded = (kb + V::kLanes - 1) / V::kLanes * V::kLanes;
+        const int64_t from = ka + begin / blocks * split_width;
+        int64_t to = ka + ((end - 1) / blocks + 1) * split_width;
+        if (to > padded) to = padded;
+        float* turned = static_cast<float*>(scratch(3, 4 * steps * (to - from)));
+        turn_tasks(*own, from, to, turned, 0, turning_tasks(from, to));
+        mine.payload = reinterpret_cast<const char*>(turned);
+        mine.first_k = from;
+      }
       for (int64_t task = begin; task < end; ++task) {
         // Threads take ranges of tasks, and the first planes may cost less than others: neighbours go to
         // different threads.
@@ -602,7 +615,7 @@ struct Direct {
         const int64_t m0 = b * units / blocks * unit, count = (b + 1) * units / blocks * unit - m0;
         const int64_t k0 = ka + split * per_split * panel_width;
         const int64_t k1 = k0 + per_split * panel_width < kb ? k0 + per_split * panel_width : kb;
-        block(m0, static_cast<int>(count), k0, k1);
+        mine.block(m0, static_cast<int>(count), k0, k1);
       }
     });
   }
@@ -611,12 +624,16 @@ struct Direct {
 
   using Weights = Parameter<V, Math, T>;
   static constexpr int64_t kMostTurned = 8 << 20;  // bytes of turned weights that exist at a time
+  static constexpr int64_t kMostOwn = 1 << 20;     // of those that every thread turns for itself
   static constexpr int64_t kFewPixels = 512;
 
   // Many pixels, few weights: all weights are turned first, as they would be packed. Where they are too many,
   // some output channels after others.
   void run_turned(const Weights& weights) {
-    const int64_t panel_width = kPanelVectors * V::kLanes, padded = padded_channels();
+    const int64_t panel_width = kPanelVectors * V::kLanes, padded = padded_channels(),
+                  threads = thread_pool().threads();
+    if (threads > 1 && 4 * steps * padded <= kMostOwn && g.pixels() >= 64 * threads)
+      return run(0, g.k, &weights);
     int64_t width = kMostTurned / (4 * steps) / panel_width * panel_width;  // channels at a time
     width = width < panel_width ? panel_width : width > padded ? padded : width;
     struct Memory {
@@ -636,31 +653,37 @@ struct Direct {
 
   // The weights of output channels [ka, end), panel after panel, as run() reads them; ka starts a panel.
   void turn(const Weights& weights, int64_t ka, int64_t end, float* out) const {
-    const int64_t panel_width = kPanelVectors * V::kLanes, lanes = V::kLanes, columns = (end - ka) / lanes;
-    const bool whole_steps = g.c % Math::kStep == 0;
-    // tasks: (16 channels of input and all taps, one vector of output channels), or a chunk where pairs of
-    // input channels lie in different taps
-    const int64_t pieces = whole_steps ? (g.c + 15) / 16 : chunk_count;
-    parallel_for(pieces * columns, 1, [&](int64_t begin, int64_t stop) {
-      for (int64_t task = begin; task < stop; ++task) {
-        const int64_t k = ka + task / pieces * lanes, piece = task % pieces;
-        const int64_t k0 = ka + (k - ka) / panel_width * panel_width;
-        const int64_t panel = end - k0 < panel_width ? end - k0 : panel_width;
-        float* to = out + (k0 - ka) * steps + (k - k0);
-        if (whole_steps) {
-          const int64_t c0 = piece * 16, c1 = g.c - c0 < 16 ? g.c : c0 + 16;
-          weights.turn(k, c0, c1, 0, weights.taps, to + c0 / Math::kStep * panel, g.c / Math::kStep * panel,
-                       panel);
-        } else {
-          const Chunk& chunk = chunks[piece];
-          T* words = reinterpret_cast<T*>(to + chunk.packed * panel);
-          for (int64_t e = 0; e < chunk.steps * Math::kStep; ++e)
-            for (int64_t j = 0; j < lanes; ++j)
-              words[(e / Math::kStep * panel + j) * Math::kStep + e % Math::kStep] =
-                  weights.element(chunk, e, k + j, g.kernel.h, g.kernel.w);
-        }
+    parallel_for(turning_tasks(ka, end), 1,
+                 [&](int64_t begin, int64_t stop) { turn_tasks(weights, ka, end, out, begin, stop); });
+  }
+
+  // Tasks are 16 channels of input and all taps for one vector of output channels, or a chunk where pairs of
+  // input channels lie in different taps.
+  int64_t turning_tasks(int64_t ka, int64_t end) const {
+    return (g.c % Math::kStep == 0 ? (g.c + 15) / 16 : chunk_count) * ((end - ka) / V::kLanes);
+  }
+  void turn_tasks(const Weights& weights, int64_t ka, int64_t end, float* out, int64_t begin,
+                  int64_t stop) const {
+    const int64_t panel_width = kPanelVectors * V::kLanes, lanes = V::kLanes;
+    const int64_t pieces = turning_tasks(0, lanes);
+    for (int64_t task = begin; task < stop; ++task) {
+      const int64_t k = ka + task / pieces * lanes, piece = task % pieces;
+      const int64_t k0 = ka + (k - ka) / panel_width * panel_width;
+      const int64_t panel = end - k0 < panel_width ? end - k0 : panel_width;
+      float* to = out + (k0 - ka) * steps + (k - k0);
+      if (g.c % Math::kStep == 0) {
+        const int64_t c0 = piece * 16, c1 = g.c - c0 < 16 ? g.c : c0 + 16;
+        weights.turn(k, c0, c1, 0, weights.taps, to + c0 / Math::kStep * panel, g.c / Math::kStep * panel,
+                     panel);
+      } else {
+        const Chunk& chunk = chunks[piece];
+        T* words = reinterpret_cast<T*>(to + chunk.packed * panel);
+        for (int64_t e = 0; e < chunk.steps * Math::kStep; ++e)
+          for (int64_t j = 0; j < lanes; ++j)
+            words[(e / Math::kStep * panel + j) * Math::kStep + e % Math::kStep] =
+                weights.element(chunk, e, k + j, g.kernel.h, g.kernel.w);
       }
-    });
+    }
   }
 
   // Input channels that are multiplied at a time; 0 where chunks of all taps would be too short. What is

@@ -921,8 +921,8 @@ struct Winograd {
   }
 
   // Changes the speed only: every sum is the same in any blocking.
-  int64_t block_tiles() const {
-    const int64_t width = kMost * V::kLanes, threads = thread_pool().threads();
+  int64_t block_tiles(int64_t threads) const {
+    const int64_t width = kMost * V::kLanes;
     const int64_t sums = AP::m > 1 ? (AP::m * kOutputs + kPlane) * least(g.k, width) : 0;
     int64_t count = l2_bytes() * 7 / 10 / (4 * ((kStrided ? kPlane : kPoints) * g.c + kPlane * width + sums));
     count = count < 6 ? 6 : count > 96 ? 96 : count / 6 * 6;
@@ -930,28 +930,78 @@ struct Winograd {
     return ceil_div(tiles(), blocks);
   }
 
+  // The weights of output channels from `group_k` on, `chunks` of input channels for each panel: tasks
+  // [begin, end).
+  void group_weights(int most, int64_t group_k, int64_t begin, int64_t end, float* u, int64_t panel_step,
+                     int64_t point_step) const {
+    const int64_t chunks = ceil_div(g.c, V::kLanes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / chunks, c0 = task % chunks * V::kLanes,
+                    k = group_k + panel * most * V::kLanes;
+      const int vectors = panel_vectors(k, most);
+      weights(k, vectors, c0, static_cast<int>(least(g.c - c0, V::kLanes)),
+              u + panel * panel_step + c0 * vectors * V::kLanes, point_step);
+    }
+  }
+
+  // Transformed weights of one panel.
+  int64_t panel_floats(int vectors) const { return kFilters * odd_lines(g.c * vectors * V::kLanes); }
+  // Panels whose weights are transformed at a time.
+  int64_t group_panels(int vectors) const {
+    const int64_t panels = ceil_div(g.k, vectors * V::kLanes),
+                  fit = kMostWeights / (panel_floats(vectors) * 4);
+    return ceil_div(panels, ceil_div(panels, fit < 1 ? 1 : least(fit, panels)));
+  }
+
+  // What one thread writes and others read is slow where threads do not share a cache: 1.75 ms for 1.1. So
+  // every thread has the weights of some output channels to itself, and transforms the inputs of all tiles,
+  // unless that is much more work than sharing the tiles out.
+  bool by_channels(int vectors) const {
+    const int64_t threads = thread_pool().threads(), panels = ceil_div(g.k, vectors * V::kLanes);
+    if (threads == 1 || panels % threads) return false;
+    return ceil_div(panels, group_panels(vectors)) % threads == 0 ||
+           tiles() * tile_floats() * (threads - 1) <= 2 * panel_floats(vectors) * panels;
+  }
+
   void run_blocks() const {
-    // Narrow panels where the weights of a wide one would take too much memory.
+    // Narrow panels where the weights of a wide one would take too much memory, or are too few to share out.
     int most = kMost;
-    while (most > 1 && kFilters * odd_lines(g.c * most * V::kLanes) * 4 > kMostPanel) most /= 2;
-    const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
-    const int64_t point_step = odd_lines(g.c * width), panel_step = kFilters * point_step;
-    int64_t group = kMostWeights / (panel_step * 4);
-    group = group < 1 ? 1 : least(group, panels);
-    group = ceil_div(panels, ceil_div(panels, group));
-    const int64_t chunks = ceil_div(g.c, V::kLanes), count = block_tiles(), blocks = ceil_div(tiles(), count);
-    float* u = static_cast<float*>(scratch(3, group * panel_step * 4));  // of this thread, read by all
-    for (int64_t base = 0; base < panels; base += group) {
-      const int64_t here = least(panels - base, group), group_k = base * width;
-      parallel_for(here * chunks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t panel = task / chunks, c0 = task % chunks * V::kLanes, k = group_k + panel * width;
-          const int vectors = panel_vectors(k, most);
-          weights(k, vectors, c0, static_cast<int>(least(g.c - c0, V::kLanes)),
-                  u + panel * panel_step + c0 * vectors * V::kLanes, point_step);
+    while (most > 1 && panel_floats(most) * 4 > kMostPanel) most /= 2;
+    if (most > 1 && !by_channels(most) && by_channels(most / 2)) most /= 2;
+    const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width), threads = thread_pool().threads();
+    const int64_t point_step = odd_lines(g.c * width), panel_step = panel_floats(most);
+    const int64_t chunks = ceil_div(g.c, V::kLanes);
+    int64_t group = group_panels(most);
+    if (by_channels(most)) {
+      group = least(group, panels / threads);
+      const int64_t count = block_tiles(1);
+      parallel_for(ceil_div(panels, group), 1, [&](int64_t begin, int64_t end) {
+        float* u = static_cast<float*>(scratch(3, group * panel_step * 4));
+        for (int64_t part = begin; part < end; ++part) {
+          const int64_t base = part * group, here = least(panels - base, group), group_k = base * width;
+          group_weights(most, group_k, 0, here * chunks, u, panel_step, point_step);
+          for (int64_t i = 0; i < tiles(); i += count)
+            block(most, u, panel_step, point_step, i, least(tiles() - i, count), group_k, 0, here);
         }
       });
+      return;
+    }
+    const int64_t count = block_tiles(threads), blocks = ceil_div(tiles(), count);
+    // Or every thread transforms all weights for itself, where that is little work.
+    const bool own = threads > 1 && 3 * threads * group * panel_step <= tiles() * tile_floats();
+    float* shared = own ? nullptr : static_cast<float*>(scratch(3, group * panel_step * 4));
+    for (int64_t base = 0; base < panels; base += group) {
+      const int64_t here = least(panels - base, group), group_k = base * width;
+      if (!own)
+        parallel_for(here * chunks, 1, [&](int64_t begin, int64_t end) {
+          group_weights(most, group_k, begin, end, shared, panel_step, point_step);
+        });
       parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        float* u = shared;
+        if (own) {
+          u = static_cast<float*>(scratch(3, group * panel_step * 4));
+          group_weights(most, group_k, 0, here * chunks, u, panel_step, point_step);
+        }
         for (int64_t i = begin; i < end; ++i)
           block(most, u, panel_step, point_step, i * count, least(tiles() - i * count, count), group_k, 0,
                 here);
@@ -1051,12 +1101,23 @@ struct Winograd {
     const auto rounds = [&](int most) { return ceil_div(ceil_div(g.k, most * V::kLanes), threads) * most; };
     const int most = 10 * rounds(wide) > 11 * rounds(1) ? 1 : wide;
     const int64_t width = most * V::kLanes, panels = ceil_div(g.k, width);
-    float* v = static_cast<float*>(scratch(3, tiles() * tile_floats() * 4));  // of this thread, read by all
+    const int64_t v_bytes = tiles() * tile_floats() * 4;
+    const auto share = [&](const float* v, const Place* places, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) panel(v, places, i * width, panel_vectors(i * width, most));
+    };
+    if (threads * 32 <= g.k) {  // little work next to the products: every thread for itself (by_channels)
+      parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
+        float* v = static_cast<float*>(scratch(3, v_bytes));
+        const Around a = around(4, 0, 0, tiles());
+        inputs(v, a.places, 0, tiles(), a.zeros);
+        share(v, a.places, begin, end);
+      });
+      return;
+    }
+    float* v = static_cast<float*>(scratch(3, v_bytes));  // of this thread, read by all
     const Around a = around(4, 0, 0, tiles());
     parallel_for(tiles(), 1, [&](int64_t begin, int64_t end) { inputs(v, a.places, begin, end, a.zeros); });
-    parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) panel(v, a.places, i * width, panel_vectors(i * width, most));
-    });
+    parallel_for(panels, 1, [&](int64_t begin, int64_t end) { share(v, a.places, begin, end); });
   }
 
   void run() const { few() ? run_panels() : run_blocks(); }
