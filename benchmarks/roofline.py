@@ -10,8 +10,9 @@ peaks are measured in the same run, at its beginning and at its end, by C functi
 registers (for bfloat16 in AMX tiles, where there are any), and reading 32 MiB; without a compiler by torch's matrix
 product and copy.
 
-A machine that others use changes its speed for seconds, and kernels that live on its caches suffer more than others: a
-layer that is slower than --against is measured again after all others, and the median of its three ratios counts.
+A machine that others use changes its speed for seconds, and kernels that live on its caches suffer more than others;
+and where the operating system has put a process's memory decides up to a tenth as long as it lives. So a layer that is
+slower than --against is measured again after all others, in new processes, and the median of its ratios counts.
 
 Exit code: 0; 1 where a layer is slower than --against by more than --tolerance; 2 for arguments that make no sense.
 """
@@ -20,10 +21,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -179,6 +182,18 @@ def measure_layer(
         row.other_ms = 1e3 * theirs.median / times
         row.ours_over_other = paired_ratio(result["ours"].seconds, theirs.seconds)
     return row
+
+
+def elsewhere(threads: int, function: Callable[[], Any]) -> Any:
+    """The result of `function`, which can be pickled, from a new process with so many threads."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as new:
+        return new.submit(_inferring, function).result()
+
+
+def _inferring(function: Callable[[], Any]) -> Any:
+    with torch.inference_mode():
+        return function()
 
 
 def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> float:
@@ -449,8 +464,8 @@ def arguments() -> argparse.ArgumentParser:
         type=_even,
         default=2,
         metavar="N",
-        help="measure a layer that is slower so many times more, after all others: the median of its ratios "
-        "counts (even, default: %(default)s)",
+        help="measure a layer that is slower so many times more, after all others and in new processes: the median "
+        "of its ratios counts (even, default: %(default)s)",
     )
     parser.add_argument(
         "--cold",
@@ -480,8 +495,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     rows: list[Row] = []
 
-    def timed(network: measure.Network, dtype: str, layer: tuple[str, int, ConvProblem]) -> Row:
-        return measure_layer(
+    def timing(
+        network: measure.Network, dtype: str, layer: tuple[str, int, ConvProblem]
+    ) -> Callable[[], Row]:
+        return partial(
+            measure_layer,
             network,
             *layer,
             dtype,
@@ -507,12 +525,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress.update(task, completed=len(jobs))
         for job in jobs:
             progress.update(task, description=f"{job[0]} {job[1]} {job[2][0]}")
-            rows.append(timed(*job))
+            rows.append(timing(*job)())
             progress.advance(task)
         for i, job in enumerate(jobs):
             if args.again and rows[i].slower(args.tolerance):
                 progress.update(task, description=f"{job[0]} {job[1]} {job[2][0]}, again")
-                rows[i] = middle([rows[i], *(timed(*job) for _ in range(args.again))])
+                more = [elsewhere(args.threads, timing(*job)) for _ in range(args.again)]
+                rows[i] = middle([rows[i], *more])
     peaks = peak.higher(peaks, peak.measure_peaks(dtypes, args.peak_seconds))
     for row in rows:
         row.against_roofs(*peak.roofs(peaks, measure.DTYPES[row.arithmetic]))

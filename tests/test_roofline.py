@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,7 +189,8 @@ def test_against(quick, capsys, tmp_path) -> None:
     assert all(r["other_ms"] > 0 for r in layers)
     # two rounds, whose ratios lie on both sides of it
     assert all(0.2 < r["ours_over_other"] / (r["ms"] / r["other_ms"]) < 5 for r in layers)
-    assert roofline.main([*arguments, "-1"]) == 1  # nothing takes less than no time
+    # nothing takes less than no time
+    assert roofline.main([*arguments, "-1", "--again", "0"]) == 1
     assert f"{len(layers)} of {len(layers)} layers slower than stock" in capsys.readouterr().out
 
 
@@ -200,11 +203,14 @@ def test_what_is_slower_is_measured_again_and_the_median_counts(quick, monkeypat
         by_time = {layers[0][0]: (1.5, 0.9, 1.0), layers[1][0]: (1.2, 1.3, 1.1)}.get(layer, (1.0,))
         return row(2.0, 4, 4, layer=layer, other_ms=2.0, ours_over_other=by_time[measured.count(layer) - 1])
 
+    new_processes: list[int] = []
     monkeypatch.setattr(roofline, "measure_layer", ratio)
+    monkeypatch.setattr(roofline, "elsewhere", lambda n, run: (new_processes.append(n), run())[1])
     out = tmp_path / "out.json"
     assert roofline.main([*SMALL, "--against", "stock", "--json", str(out)]) == 1
     names = [name for name, *_ in layers]
     assert measured == [*names, names[0], names[0], names[1], names[1]]  # after all others
+    assert new_processes == [1] * 4  # each with one thread
     told = json.loads(out.read_text())["layers"]
     assert [r["ours_over_other"] for r in told[:3]] == [1.0, 1.2, 1.0]
     assert [r.get("ratios") for r in told[:3]] == [[1.5, 0.9, 1.0], [1.2, 1.3, 1.1], None]
@@ -213,6 +219,14 @@ def test_what_is_slower_is_measured_again_and_the_median_counts(quick, monkeypat
     assert measured == names
     with pytest.raises(SystemExit):
         roofline.main([*SMALL, "--again", "1"])
+
+
+def test_elsewhere() -> None:
+    assert roofline.elsewhere(1, os.getpid) != os.getpid()
+    assert roofline.elsewhere(3, torch.get_num_threads) == 3
+    assert roofline.elsewhere(1, torch.is_inference_mode_enabled)
+    with pytest.raises(ZeroDivisionError):
+        roofline.elsewhere(1, partial(divmod, 1, 0))
 
 
 def test_the_other_kernel_may_be_the_chosen_one(quick) -> None:

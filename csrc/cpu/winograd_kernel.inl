@@ -17,10 +17,11 @@
 //
 // Stride 2: points that share a filter are rows of one product, as if they were more tiles.
 //
-// Many tiles: all weights (or as many output channels as fit a bounded buffer) are transformed first; tasks
-// take blocks of tiles whose V, and whose M for a pair of planes, stay in L2. Few tiles: all inputs are
+// Many tiles: all weights (or as many output channels as fit a bounded buffer) are transformed first; then
+// blocks of tiles pass whose V, and whose M for a pair of planes, stay in L2. Few tiles: all inputs are
 // transformed first; tasks take panels of output channels and transform their weights piece by piece, so that
-// those never leave L2.
+// those never leave L2. Threads share what is transformed first only where doing it several times would be
+// much work.
 
 // ---- the transforms of one axis, with as few operations as we could find
 

@@ -170,6 +170,10 @@ def test_any_geometry_of_many_channels(p: ConvProblem, dtype: torch.dtype, layou
         "n1c512d2h4w4k256f1",
         "n1c256d1h4w4k256f3p1",
         "n1c128d2h1w1k16f3p1",
+        # weights that every thread turns for itself: all, or those of its share of the channels
+        "n1c64d6h24w24k200f1+res",
+        "n1c33d4h24w24k70f3p1",
+        "n1c40d4h12w13k400f3s1x2x2p1+relu",
     ],
 )
 def test_same_bits_with_any_number_of_threads(text: str, dtype: torch.dtype) -> None:

@@ -176,7 +176,17 @@ def test_tiles_of_two_are_as_exact_as_the_stock_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["n1c64d8h14w14k64f3p1+res+relu", "n1c512d2h7w7k512f3p1+relu", "n2c45d5h9w9k65f3p1"]
+    "text",
+    [
+        "n1c64d8h14w14k64f3p1+res+relu",
+        "n1c512d2h7w7k512f3p1+relu",
+        "n2c45d5h9w9k65f3p1",
+        # two threads: output channels, and with few of them tiles, are shared out; all weights, or some of them
+        "n1c16d8h48w48k256f3p1",
+        "n1c128d8h20w20k128f3p1+res",
+        "n1c16d8h80w80k16f3p1",
+        "n1c24d8h40w40k64f3p1+relu",
+    ],
 )
 def test_same_bits_with_any_number_of_threads(text: str) -> None:
     p = ConvProblem.parse(text)
