@@ -624,15 +624,15 @@ struct Direct {
 
   using Weights = Parameter<V, Math, T>;
   static constexpr int64_t kMostTurned = 8 << 20;  // bytes of turned weights that exist at a time
-  static constexpr int64_t kMostOwn = 1 << 20;     // of those that every thread turns for itself
+  static constexpr int64_t kMostOwn = 1 << 20;     // of those that a thread turns for itself
   static constexpr int64_t kFewPixels = 512;
 
   // Many pixels, few weights: all weights are turned first, as they would be packed. Where they are too many,
   // some output channels after others.
   void run_turned(const Weights& weights) {
     const int64_t panel_width = kPanelVectors * V::kLanes, padded = padded_channels(),
-                  threads = thread_pool().threads();
-    if (threads > 1 && 4 * steps * padded <= kMostOwn && g.pixels() >= 64 * threads)
+                  threads = thread_pool().threads(), bytes = 4 * steps * padded;
+    if (threads > 1 && bytes <= kMostOwn && threads * bytes <= kMostTurned && g.pixels() >= 64 * threads)
       return run(0, g.k, &weights);
     int64_t width = kMostTurned / (4 * steps) / panel_width * panel_width;  // channels at a time
     width = width < panel_width ? panel_width : width > padded ? padded : width;

@@ -311,6 +311,7 @@ struct Winograd {
   static constexpr int64_t kMostWeights = (kStrided ? 9 : 4) << 20;
   static constexpr int64_t kMostPanel = 8 << 20;   // those of one panel, where that is more
   static constexpr int64_t kMostInputs = 5 << 20;  // bytes of all inputs, where they are transformed at once
+  static constexpr int64_t kMostOwn = 32 << 20;    // bytes that all threads transform for themselves
 
   const WinogradArgs& args;
   const ConvGeometry& g;
@@ -959,8 +960,10 @@ struct Winograd {
   // unless that is much more work than sharing the tiles out.
   bool by_channels(int vectors) const {
     const int64_t threads = thread_pool().threads(), panels = ceil_div(g.k, vectors * V::kLanes);
-    if (threads == 1 || panels % threads) return false;
-    return ceil_div(panels, group_panels(vectors)) % threads == 0 ||
+    const int64_t group = group_panels(vectors), each = least(group, panels / threads);
+    if (threads == 1 || panels % threads || threads * each * panel_floats(vectors) * 4 > kMostOwn)
+      return false;
+    return ceil_div(panels, group) % threads == 0 ||
            tiles() * tile_floats() * (threads - 1) <= 2 * panel_floats(vectors) * panels;
   }
 
@@ -989,7 +992,8 @@ struct Winograd {
     }
     const int64_t count = block_tiles(threads), blocks = ceil_div(tiles(), count);
     // Or every thread transforms all weights for itself, where that is little work.
-    const bool own = threads > 1 && 3 * threads * group * panel_step <= tiles() * tile_floats();
+    const int64_t all = threads * group * panel_step;
+    const bool own = threads > 1 && 3 * all <= tiles() * tile_floats() && all * 4 <= kMostOwn;
     float* shared = own ? nullptr : static_cast<float*>(scratch(3, group * panel_step * 4));
     for (int64_t base = 0; base < panels; base += group) {
       const int64_t here = least(panels - base, group), group_k = base * width;
@@ -1106,7 +1110,8 @@ struct Winograd {
     const auto share = [&](const float* v, const Place* places, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) panel(v, places, i * width, panel_vectors(i * width, most));
     };
-    if (threads * 32 <= g.k) {  // little work next to the products: every thread for itself (by_channels)
+    // Little work next to the products: every thread for itself (by_channels).
+    if (threads * 32 <= g.k && threads * v_bytes <= kMostOwn) {
       parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
         float* v = static_cast<float*>(scratch(3, v_bytes));
         const Around a = around(4, 0, 0, tiles());
