@@ -9,7 +9,7 @@ from r3d_kernels import _fork
 __all__ = ["LEAN", "Keeping", "shared"]
 
 # Less than what the stock layers' activations take for one clip more than ours, in any network that was measured
-# (benchmarks/results/*/cpu_stock_grid.json): a process with fused layers stays below one with stock layers.
+# (benchmarks/results/*/cpu_stock_*.json): what is kept does not lift a process above one with stock layers.
 LEAN = 37 << 20
 
 
