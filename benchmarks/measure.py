@@ -61,7 +61,10 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with '+dirty' where files differ from it; None outside a checkout."""
+    """The checkout's commit, with '+dirty' where files differ from it.
+
+    Outside a checkout, as in a copy on another machine, what R3D_KERNELS_COMMIT says, or None.
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -71,7 +74,7 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("R3D_KERNELS_COMMIT") or None
 
 
 def command() -> str:
