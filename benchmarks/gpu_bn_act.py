@@ -9,7 +9,7 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from gpu_common import FP32_PROMISE, gpu_seconds, largest, on_two_streams, require_op, roofline
+from gpu_common import FP32_PROMISE, NO_EPS, gpu_seconds, largest, on_two_streams, require_op, roofline
 from gpu_sections import Failed
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class Epilogue:
 
     def stock(self) -> Tensor:
         """Batch norm, add and ReLU of torch: mean 0, variance 1 and no eps leave scale and shift."""
-        y = F.batch_norm(self.x, self.mean, self.var, self.scale, self.shift, eps=0.0)
+        y = F.batch_norm(self.x, self.mean, self.var, self.scale, self.shift, eps=NO_EPS)
         if self.residual is not None:
             y = y + self.residual
         return F.relu(y) if self.activation == "relu" else y

@@ -12,9 +12,10 @@ import torch
 from gpu_sections import Failed, NotHere
 from torch import Tensor
 
-__all__ = ["FP32_PROMISE", "gpu_seconds", "largest", "on_two_streams", "require_op", "roofline"]
+__all__ = ["FP32_PROMISE", "NO_EPS", "gpu_seconds", "largest", "on_two_streams", "require_op", "roofline"]
 
 FP32_PROMISE = 5e-6  # relative L2 error of one operation against float64
+NO_EPS = 1e-12  # of a batch norm of variance 1: lost in float32; some versions of torch refuse 0
 
 
 def require_op() -> None:

@@ -151,7 +151,10 @@ def plan(left: Callable[[], float]) -> list[Section]:
         ),
         Section("Triton: training norm", gpu_triton.triton_norm_speed, 10, 60, "triton"),
         *(speed(*which) for which in (("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8))),
-        hopper(": every tile, r3d_18 batch 32", functools.partial(sm90_tiles, "r3d_18", 32), 15),
+        *(
+            hopper(f": every tile, r3d_18 batch {n}", functools.partial(sm90_tiles, "r3d_18", n), 15)
+            for n in (32, 8, 1)
+        ),
         network("r2plus1d_18", "bf16", 8),
         *(network("r3d_18", "fp32", batch) for batch in (8, 1, 32)),
         *sm80.values(),

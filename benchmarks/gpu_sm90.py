@@ -10,7 +10,7 @@ from typing import Any
 import gpu_paper
 import torch
 import torch.nn.functional as F
-from gpu_common import gpu_seconds, on_two_streams, require_op, roofline
+from gpu_common import NO_EPS, gpu_seconds, on_two_streams, require_op, roofline
 from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
 
@@ -72,7 +72,7 @@ class Work:
         p = self.problem
         y = F.conv3d(self.x, self.weight, None, p.stride, p.padding, p.dilation)
         zeros, ones = torch.zeros_like(self.scale), torch.ones_like(self.scale)
-        y = F.batch_norm(y, zeros, ones, self.scale, self.bias, eps=0.0)
+        y = F.batch_norm(y, zeros, ones, self.scale, self.bias, eps=NO_EPS)
         if self.residual is not None:
             y = y + self.residual
         return F.relu(y) if p.activation == "relu" else y
