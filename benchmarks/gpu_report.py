@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_sm80
+import gpu_stem
 import gpu_triton
 import measure
 import torch
@@ -116,10 +117,12 @@ def plan(left: Callable[[], float]) -> list[Section]:
         return network(name, dtype, batch, (*EAGER, compiler), 90 if tuned else 40, 240 if tuned else 120)
 
     sm80 = {s.name: s for s in gpu_sm80.sections()}
+    check_stem, stem_speed = gpu_stem.sections()
     sizes = [(batch, dtype) for batch in (8, 1, 32) for dtype in ("bf16", "fp32")]
     sections = [
         Section("environment", environment),
         hopper(" against float64", check_sm90, 10, 90),
+        check_stem,
         sm80.pop("sm80 convolution against float64"),
         Section("bn_act against float64", check_bn_act, needs=5),
         hopper(": the trial of every tile", check_sm90_trial, 5),
@@ -129,6 +132,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         hopper(": two streams", check_sm90_streams, 3),
         Section("roofline", roofline, needs=5),
         speed("r3d_18", 32),
+        stem_speed,
         network("r3d_18", "bf16", 32),
         sm80.pop("r3d_18 bf16 batch 1 as a CUDA graph"),
         network("r3d_18", "bf16", 1),

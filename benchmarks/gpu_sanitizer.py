@@ -14,6 +14,7 @@ from typing import Any
 
 import gpu_sm80
 import gpu_sm90
+import gpu_stem
 import torch
 from gpu_bn_act import CHANNELS, epilogue
 from gpu_common import require_op
@@ -106,6 +107,7 @@ def sanitizer_child(without: Sequence[str] = ()) -> int:
             w.dense().ours()  # copied first where channels are no multiple of 8
         for tile in range(len(gpu_sm90.TILES)):
             gpu_sm90.work(ConvProblem.parse(gpu_sm90.EVERY_TILE[0]), torch.float16).ours(1 << tile, 2)
+        gpu_stem.small_calls()
     if "sm80" not in without:
         gpu_sm80.small_calls()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -20,6 +20,7 @@
 #include "cpu/tiles.h"
 #include "cuda/conv3d_sm80.h"
 #include "cuda/conv3d_sm90.h"
+#include "cuda/conv3d_sm90_stem.h"
 #include "cuda/pool.h"
 #include "norm.h"
 
@@ -1067,7 +1068,83 @@ Ints conv3d_sm90_choice(Ints input, Ints weight, Ints stride, Ints padding, Ints
   return p.tile < 0 ? Ints{} : Ints{p.tile, p.split, p.cycles};
 }
 
+// The same of the kernel for few channels.
+std::string conv3d_sm90_stem_refuses(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
+                                     ScalarType dtype) {
+  const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
+  const DType type = dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                     : dtype == ScalarType::Half   ? DType::kFloat16
+                                                   : DType::kFloat32;
+  if (const char* why = cuda::conv3d_sm90_stem_refuses(g, type)) return why;
+  return cuda::stem_plan(g, 1).stages ? "" : "rows of this length leave no room in shared memory";
+}
+
+// [slots of a pixel, filter rows in them, such groups of rows, units of a window]: how weights are packed.
+Ints conv3d_sm90_stem_layout(Ints weight, Ints stride) {
+  R3D_CHECK(weight.size() == 5, "weight: expected 5 dimensions [K, C, T, R, S], got shape ", text(weight));
+  const Dim3 step = triple(stride, "stride", 1);
+  R3D_CHECK(8 % step.w == 0 && weight[1] >= 1 && weight[1] * step.w <= 8,
+            "weight: expected channels that fill 8 / stride at most, got shape ", text(weight));
+  const cuda::StemLayout l = cuda::stem_packing(weight[1], {weight[2], weight[3], weight[4]}, step);
+  return {l.slots, l.group, l.row_groups, l.units};
+}
+
 #ifdef R3D_WITH_CUDA
+// x: of the dtype of packed, or a clip as a decoder leaves it, which is x * clip_scale[c] + clip_shift[c].
+Tensor conv3d_sm90_stem_cuda(Tensor x, std::optional<Tensor> clip_scale, std::optional<Tensor> clip_shift,
+                             Tensor packed, Tensor scale, Tensor bias, int64_t out_channels, Ints kernel_size,
+                             Ints stride, Ints padding, std::string activation, int64_t kind) {
+  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
+  R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
+  R3D_CHECK(kind >= -1 && kind < cuda::kStemKinds, "kind: expected -1 (any) to ", cuda::kStemKinds - 1,
+            ", got ", kind);
+  ConvArgs a{};
+  a.g = geometry(sizes(x), out_channels, x.size(1), kernel_size, stride, padding, {1, 1, 1}, 1);
+  a.dtype = dtype_of(packed, "packed", true);
+  a.activation = activation_of(activation);
+  if (const char* why = cuda::conv3d_sm90_stem_refuses(a.g, a.dtype))
+    fail("r3d_kernels::conv3d_sm90_stem ", why, ": ", geometry_text(a.g));
+  R3D_CHECK(packed.is_cuda() && packed.get_device() == x.get_device(),
+            "packed: expected a tensor on the device of x");
+  const cuda::StemLayout l = cuda::stem_layout(a.g);
+  R3D_CHECK(packed.is_contiguous() && packed.numel() == l.weight_elements(a.g),
+            "packed: expected the weights packed for this geometry, of ", l.weight_elements(a.g),
+            " elements, got shape ", text(sizes(packed)));
+  const auto vector = [&](const Tensor& t, const char* argument) {
+    R3D_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == a.g.k && t.is_cuda() &&
+                  t.get_device() == x.get_device() && t.is_contiguous(),
+              argument, ": expected a contiguous float32 tensor of shape [", a.g.k,
+              "] on the device of x, got ", name(t.scalar_type()), " of shape ", text(sizes(t)));
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  const float* factors = vector(scale, "scale");
+  a.bias = vector(bias, "bias");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  Tensor y = empty_rows(output_shape(a.g), packed);
+  if (y.numel() == 0) return y;
+  const int sms = cuda::sm80::device_multiprocessors();
+  R3D_CHECK(sms > 0, "x: the CUDA runtime finds no device ", x.get_device());
+  const cuda::StemPlan plan = cuda::stem_plan(a.g, sms, int(kind));
+  R3D_CHECK(plan.stages, "kind: ", kind, " leaves no room in shared memory: ", geometry_text(a.g));
+  Tensor workspace =
+      torch::stable::empty(Ints{plan.workspace_bytes()}, ScalarType::Byte, std::nullopt, x.device());
+  a.weight = packed.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  const cuda::StemSource source{x.const_data_ptr(),
+                                x.stride(0),
+                                x.stride(1),
+                                x.stride(2),
+                                x.stride(3),
+                                x.stride(4),
+                                clip_source(x, "x"),
+                                clip_vector(clip_scale, "clip_scale", x),
+                                clip_vector(clip_shift, "clip_shift", x)};
+  const char* error =
+      cuda::conv3d_sm90_stem(a, source, factors, plan, workspace.mutable_data_ptr(), current_stream(x));
+  R3D_CHECK(!error, "r3d_kernels::conv3d_sm90_stem on ", geometry_text(a.g), ": ", error ? error : "");
+  return y;
+}
+
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
                         Ints stride, Ints padding, Ints dilation, std::string activation, int64_t tiles,
                         int64_t split) {
@@ -1138,13 +1215,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
   m.def(
       "conv3d_sm90_choice(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int "
       "multiprocessors, int tiles=-1) -> int[]");
+  // kind: which width of tile, for tests
+  m.def(
+      "conv3d_sm90_stem(Tensor x, Tensor? clip_scale, Tensor? clip_shift, Tensor packed, Tensor scale, "
+      "Tensor bias, int out_channels, int[] kernel_size, int[] stride, int[] padding, str activation, int "
+      "kind=-1) -> Tensor");
+  m.def(
+      "conv3d_sm90_stem_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
+      "ScalarType dtype) -> str");
+  m.def("conv3d_sm90_stem_layout(int[] weight, int[] stride) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
   m.impl("conv3d_sm90_refuses", TORCH_BOX(&r3d::conv3d_sm90_refuses));
   m.impl("conv3d_sm90_choice", TORCH_BOX(&r3d::conv3d_sm90_choice));
+  m.impl("conv3d_sm90_stem_refuses", TORCH_BOX(&r3d::conv3d_sm90_stem_refuses));
+  m.impl("conv3d_sm90_stem_layout", TORCH_BOX(&r3d::conv3d_sm90_stem_layout));
 }
 
 #ifdef R3D_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) { m.impl("conv3d_sm90", TORCH_BOX(&r3d::conv3d_sm90_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) {
+  m.impl("conv3d_sm90", TORCH_BOX(&r3d::conv3d_sm90_cuda));
+  m.impl("conv3d_sm90_stem", TORCH_BOX(&r3d::conv3d_sm90_stem_cuda));
+}
 #endif

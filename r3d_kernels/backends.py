@@ -39,6 +39,7 @@ from r3d_kernels._kernel import (
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
 from r3d_kernels._sm90 import TILES as SM90_TILES
 from r3d_kernels._sm90 import Sm90Cuda
+from r3d_kernels._sm90_stem import Sm90Stem
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton.backend import TritonConv3d
 
@@ -255,6 +256,7 @@ KERNELS: list[Kernel] = [
     OneDnn(),
     Sm90Cuda(),
     *map(Sm90Cuda, range(len(SM90_TILES))),
+    Sm90Stem(),
     CudnnBnAct(),
     *map(TensorCoreSm80, (None, *TILES)),
     TritonConv3d(),

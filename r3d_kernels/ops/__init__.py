@@ -1,6 +1,11 @@
 """The fused operations in functional form."""
 
-from r3d_kernels.ops import conv3d_compiled, conv3d_sm80, conv3d_sm90  # noqa: F401 - they register operators, fakes
+from r3d_kernels.ops import (  # noqa: F401 - they register operators, fakes
+    conv3d_compiled,
+    conv3d_sm80,
+    conv3d_sm90,
+    conv3d_sm90_stem,
+)
 from r3d_kernels.ops.clip import clip_channels_last
 from r3d_kernels.ops.conv3d import (
     conv3d_bn_act,

@@ -6,7 +6,7 @@ It is called through `backends`; nothing here is for users.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from r3d_kernels import _extension, tuning
 from r3d_kernels._sm90 import TILES
 from r3d_kernels.ops._flops import flop_formula
 
-__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "refused", "trial_error"]
+__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "refused", "trial_error", "tried"]
 
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
@@ -107,25 +107,36 @@ def proven_tiles(index: int, padded: bool = False) -> int:
     if (index, padded) in proven:
         return proven[index, padded]
     device = torch.device("cuda", index)
-    good = 0
+
+    def every_tile() -> int:
+        try:
+            return sum(_works(tile, device, padded) << tile for tile in range(len(TILES)))
+        finally:
+            _trial.cache_clear()
+
+    good = tried(device, every_tile)
+    if good is None:
+        return 0
+    proven[index, padded] = good
+    return good
+
+
+def tried(device: torch.device, trial: Callable[[], int]) -> int | None:
+    """What a trial of Hopper kernels finds, 0 where an earlier process did not survive one, None without memory."""
     with tuning.Attempt(f"wgmma kernels on {tuning.machine_key(device, '')}") as attempt:
         if attempt.earlier is not None:
-            refused[index] = f"an earlier process did not survive its trial here: {attempt.earlier}"
+            refused[device.index] = f"an earlier process did not survive its trial here: {attempt.earlier}"
             warnings.warn(
                 f"r3d_kernels does without its Hopper kernels: an earlier process did not survive their trial; remove "
                 f"{attempt.earlier} to have them tried again",
-                stacklevel=2,
+                stacklevel=3,
             )
-        else:
-            try:
-                for tile in range(len(TILES)):
-                    good |= _works(tile, device, padded) << tile
-            except torch.OutOfMemoryError:  # tells nothing of the kernels: tried again next time
-                return 0
-            finally:
-                _trial.cache_clear()
-            attempt.lost = not good and _lost(device)
-    proven[index, padded] = good
+            return 0
+        try:
+            good = trial()
+        except torch.OutOfMemoryError:  # tells nothing of the kernels: tried again next time
+            return None
+        attempt.lost = not good and _lost(device)
     return good
 
 

@@ -75,6 +75,14 @@ class Hopper : public Engine {
     return (offset >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(64) << 32 | kSwizzled;
   }
 
+  // No swizzle: pieces of eight rows of 16 bytes at two distances.
+  uint64_t plain_descriptor(const void* p, int along, int across) const {
+    const uint64_t offset = offset_of(p);
+    if (offset % 16 || along % 16 || across % 16)
+      fail("a matrix descriptor wants an address and distances of multiples of 16 bytes");
+    return (offset >> 4 & 0x3fff) | uint64_t(along >> 4) << 16 | uint64_t(across >> 4) << 32;
+  }
+
   // ---- mbarrier
 
   void init(uint64_t* bar, int count) {
@@ -102,21 +110,38 @@ class Hopper : public Engine {
     this->at(bar);
     int64_t bytes = 2;
     for (int i = 0; i < (map.im2col ? 2 : map.rank); i++) bytes *= map.box[i];
-    start({Machine::get().thread(), false, [=, this_ = this] {
-             if (map.im2col)
-               this_->im2col(static_cast<char*>(to), map, at, offsets);
-             else
-               this_->tiled(static_cast<char*>(to), map, at, false);
-             Barrier& b = this_->at(bar);
-             b.bytes -= bytes;
-             this_->complete(b);
-           }});
+    start_copy({Machine::get().thread(), false, [=, this_ = this] {
+                  if (map.im2col)
+                    this_->im2col(static_cast<char*>(to), map, at, offsets);
+                  else
+                    this_->tiled(static_cast<char*>(to), map, at, false);
+                  Barrier& b = this_->at(bar);
+                  b.bytes -= bytes;
+                  this_->complete(b);
+                }});
+  }
+
+  void load_run(void* to, const void* from, int bytes, uint64_t* bar) {
+    const size_t start = offset_of(to);
+    if (start % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
+      fail("a bulk copy wants addresses and a size of multiples of 16 bytes");
+    if (start + bytes > dynamic_bytes) fail("TMA writes past the block's shared memory");
+    this->at(bar);
+    start_copy({Machine::get().thread(), false, [=, this_ = this] {
+                  std::memcpy(to, from, size_t(bytes));
+                  std::fill_n(this_->unfenced_.begin() + start / 16, bytes / 16, -1);
+                  Barrier& b = this_->at(bar);
+                  b.bytes -= bytes;
+                  this_->complete(b);
+                  Machine::get().progressed();
+                }});
   }
 
   void store(const TensorMap& map, const void* from, std::vector<int> at) {
     if (offset_of(from) % 128) fail("TMA wants a shared address of a multiple of 128 bytes");
-    start({Machine::get().thread(), true,
-           [=, this_ = this] { this_->tiled(static_cast<char*>(const_cast<void*>(from)), map, at, true); }});
+    start_copy({Machine::get().thread(), true, [=, this_ = this] {
+                  this_->tiled(static_cast<char*>(const_cast<void*>(from)), map, at, true);
+                }});
   }
 
   // Until the stores of this thread have read shared memory.
@@ -172,13 +197,18 @@ class Hopper : public Engine {
   }
 
   // Element k of row r of an operand: K-major, rows of 128 bytes, eight rows 1024 bytes from the next eight.
-  // The swizzle is one of addresses, as TMA's is: bits 4 to 6 are flipped by bits 7 to 9.
+  // The swizzle is one of addresses, as TMA's is: bits 4 to 6 are flipped by bits 7 to 9. Without it, rows of
+  // 16 bytes, and both distances from the descriptor.
   void row(uint64_t descriptor, int r, const float* table, float (&out)[16]) const {
     const size_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
-    const size_t at = start + r / 8 * eight_rows + r % 8 * 128;
+    const bool swizzle = descriptor & kSwizzled;
+    const size_t along = swizzle ? 16 : (descriptor >> 16 & 0x3fff) << 4;
+    const size_t at = start + r / 8 * eight_rows + r % 8 * (swizzle ? 128 : 16);
     for (int half = 0; half < 2; half++) {
       uint16_t bits[8];
-      std::memcpy(bits, base_ + swizzled(at + 16 * half), 16);
+      const size_t here = at + half * along;
+      if (here + 16 > dynamic_bytes) fail("wgmma reads past the block's shared memory");
+      std::memcpy(bits, base_ + (swizzle ? swizzled(here) : here), 16);
       for (int i = 0; i < 8; i++) out[8 * half + i] = table[bits[i]];
     }
   }
@@ -290,7 +320,7 @@ class Hopper : public Engine {
 
   Products& products() { return products_[Machine::get().thread()]; }
 
-  void start(Copy copy) {
+  void start_copy(Copy copy) {
     if (timing().late_copies)
       copies_.push_back(std::move(copy));
     else
@@ -426,6 +456,12 @@ inline void load_im2col(void* to, const void* map, uint64_t* bar, int c, int w, 
 inline void store_tile(const void* map, const void* from, int c0, int c1) {
   emu::Hopper::get().store(*static_cast<const emu::TensorMap*>(map), from, {c0, c1});
 }
+inline void store_tile(const void* map, const void* from, int c0, int c1, int c2) {
+  emu::Hopper::get().store(*static_cast<const emu::TensorMap*>(map), from, {c0, c1, c2});
+}
+inline void load_run(void* to, const void* from, int bytes, uint64_t* bar) {
+  emu::Hopper::get().load_run(to, from, bytes, bar);
+}
 inline void commit_stores() {}
 inline void wait_for_stores() { emu::Hopper::get().wait_for_stores(); }
 inline void fence_for_copies() { emu::Hopper::get().fence(); }
@@ -438,6 +474,10 @@ inline unsigned take_ticket(unsigned* counter) {
 }
 
 inline uint64_t descriptor(const void* p) { return emu::Hopper::get().descriptor(p); }
+inline uint64_t plain_descriptor(const void* p, int along, int across) {
+  return emu::Hopper::get().plain_descriptor(p, along, across);
+}
+inline uint64_t plus(uint64_t descriptor, int bytes) { return descriptor + uint64_t(bytes >> 4); }
 inline void wgmma_fence() { emu::Hopper::get().fence_products(); }
 inline void wgmma_commit() { emu::Hopper::get().commit_products(); }
 template <int N>

@@ -131,10 +131,24 @@ __device__ __forceinline__ void load_im2col(void* to, const void* map, uint64_t*
       "h"(uint16_t(off_h)), "h"(uint16_t(off_d))
       : "memory");
 }
+// A run of memory, as it is: 16-byte aligned, whole 16 bytes.
+__device__ __forceinline__ void load_run(void* to, const void* from, int bytes, uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
+}
 __device__ __forceinline__ void store_tile(const void* map, const void* from, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                "r"(c0), "r"(c1), "r"(shared_address(from))
                : "memory");
+}
+__device__ __forceinline__ void store_tile(const void* map, const void* from, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(from))
+      : "memory");
 }
 // Stores since the last commit are a group of the committing thread.
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -168,6 +182,15 @@ __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
 __device__ __forceinline__ uint64_t descriptor(const void* p) {
   return uint64_t(shared_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(64) << 32 |
          uint64_t(1) << 62;
+}
+// K-major, no swizzle: pieces of eight rows of 16 bytes, which lie one after the other in a piece; the next
+// 16 bytes of K are `along` bytes further on, the next eight rows `across` bytes. Pieces may overlap.
+__device__ __forceinline__ uint64_t plain_descriptor(const void* p, int along, int across) {
+  return uint64_t(shared_address(p) >> 4 & 0x3fff) | uint64_t(along >> 4) << 16 | uint64_t(across >> 4) << 32;
+}
+// The same so many bytes further on.
+__device__ __forceinline__ uint64_t plus(uint64_t descriptor, int bytes) {
+  return descriptor + uint64_t(bytes >> 4);
 }
 // Before the first wgmma after the accumulators were touched.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,0 +1,182 @@
+"""The Hopper convolution of few channels in the GPU report: awkward geometries against float64, then speed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gpu_sm80
+import torch
+import torch.nn.functional as F
+from gpu_common import gpu_seconds, on_two_streams, roofline
+from gpu_sections import Failed, NotHere, Section, progress
+from gpu_sm90 import require_sm90
+from torch import Tensor
+
+from r3d_kernels.problems import ConvProblem
+
+__all__ = ["PROBLEMS", "STEMS", "Stem", "check", "sections"]
+
+# Three different paddings, tails of rows and channels, filters that fill their units of 16 bytes and do not.
+PROBLEMS = (
+    "n2c3d4h29w31k64f3x7x7s1x2x2p1x3x3+relu",
+    "n1c3d8h28w30k64f7s1x2x2p3+relu",
+    "n1c3d2h29w33k45f1x7x7s1x2x2p0x3x3",
+    "n2c1d9h32w31k70f7s2p3+relu",
+    "n1c2d3h27w29k16f3x5x4s1x2x2p0x2x1",
+    "n1c3d3h28w19k24f3p1x0x2",
+    "n1c8d3h26w17k8f3x2x3p2x1x0+relu",
+    "n2c1d3h31w27k8f3x5x3s1x3x1p1x2x1",
+    "n1c1d4h29w30k8f2x7x3s2x4x2p1x0x1",
+    "n1c2d2h25w37k8f2x3x6s1x1x4p1x1x3",
+    "n2c3d5h112w112k64f3x7x7s1x2x2p1x3x3+relu",
+)
+DTYPES = (torch.bfloat16, torch.float16)
+STEMS = {
+    "torchvision's": "n{}c3d16h112w112k64f3x7x7s1x2x2p1x3x3+relu",
+    "Hara's": "n{}c3d16h112w112k64f7s1x2x2p3+relu",
+    "R(2+1)D's": "n{}c3d16h112w112k45f1x7x7s1x2x2p0x3x3+relu",
+    "one channel": "n{}c1d32h128w128k64f7s2p3+relu",
+}
+KERNELS = ("wgmma stem", "sm80", "sm80 64x64")
+
+
+class Stem:
+    """One stem with its data; `clip`: x is a decoder's uint8 planes, with a scale and a shift."""
+
+    def __init__(
+        self, text: str, dtype: torch.dtype, clip: bool, device: str = "cuda", seed: int = 0
+    ) -> None:
+        p = self.problem = ConvProblem.parse(text)
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g)
+
+        self.dtype = dtype
+        self.clip: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if clip:
+            self.x = torch.randint(0, 256, p.in_shape, generator=g, dtype=torch.uint8).to(device)
+            self.clip = (torch.full((p.c,), 1 / 64, device=device), normal(p.c).to(device))
+        else:
+            self.x = normal(*p.in_shape).to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+        taps = p.c * math.prod(p.kernel)
+        self.weight = (normal(*p.weight_shape) / math.sqrt(taps)).to(device, dtype)
+        self.scale, self.bias = normal(p.k).to(device), normal(p.k).to(device)
+
+    def ours(self, kind: int = -1) -> Tensor:
+        from r3d_kernels.ops.conv3d_sm90_stem import pack
+
+        p = self.problem
+        layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout(p.weight_shape, p.stride)
+        operands = (self.x, *self.clip, pack(self.weight, layout), self.scale, self.bias)
+        return torch.ops.r3d_kernels.conv3d_sm90_stem(
+            *operands, p.k, p.kernel, p.stride, p.padding, p.activation or "none", kind
+        )
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """float64 on the CPU, and the error that one rounding and float32 sums allow each element."""
+        p, wide = self.problem, (1, -1, 1, 1, 1)
+        x = self.x.cpu()
+        if self.clip[0] is not None:
+            # in units of 1/64 the products are exact, so that only the sum is rounded, however it is computed
+            x = (
+                x.double() * self.clip[0].cpu().double().view(wide) + self.clip[1].cpu().double().view(wide)
+            ).float()
+        x, w = x.to(self.dtype).double(), self.weight.cpu().double()
+        scale, bias = (t.cpu().double().view(wide) for t in (self.scale, self.bias))
+        y = F.conv3d(x, w, None, p.stride, p.padding) * scale + bias
+        size = F.conv3d(x.abs(), w.abs(), None, p.stride, p.padding) * scale.abs() + bias.abs()
+        y = y.relu() if p.activation == "relu" else y
+        return y, 3e-6 * size + torch.finfo(self.dtype).eps / 2 * 1.001 * y.abs()
+
+
+def check(device: str = "cuda", run: Callable[[Stem, int], Tensor] = Stem.ours) -> list[dict[str, Any]]:
+    """A row for each run; 'worst' is the largest error over what is allowed, so at most 1 where all is well."""
+    rows: list[dict[str, Any]] = []
+    for text, dtype, clip in ((t, d, c) for t in PROBLEMS for d in DTYPES for c in (False, True)):
+        stem = Stem(text, dtype, clip, device)
+        want, allowed = stem.exact()
+        for kind in range(-1, 3):
+            row = {"problem": text, "dtype": str(dtype).removeprefix("torch."), "clip": clip, "kind": kind}
+            rows.append(row)
+            progress(rows=rows)
+            y = run(stem, kind).cpu().double()
+            row["worst"] = ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
+    return rows
+
+
+def check_stem() -> dict[str, Any]:
+    """Against float64, 200 times the same bits, in a graph, on two streams."""
+    require_sm90()
+    rows = check()
+    bad = [row for row in rows if not row["worst"] <= 1]
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} runs are wrong, first {bad[0]}", {"rows": rows})
+    stem = Stem(PROBLEMS[-1], torch.bfloat16, True)
+    first = stem.ours().view(torch.int16)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        different += (stem.ours().view(torch.int16) != first).any().long()
+    if int(different):
+        raise Failed(f"{int(different)} of 200 repetitions differ")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = stem.ours()
+    stem.x.copy_(255 - stem.x)
+    graph.replay()
+    if not torch.equal(y, stem.ours()):
+        raise Failed("a replayed graph gives another result than the call")
+    on_two_streams([Stem(PROBLEMS[i], torch.bfloat16, True, seed=i).ours for i in (0, 1)])
+    return {"runs": len(rows), "worst": max(row["worst"] for row in rows), "repetitions": 200}
+
+
+def _rows(batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
+    for name, text in STEMS.items():
+        for batch in batches:
+            problem = gpu_sm80.Problem(text.format(batch), torch.bfloat16, "cuda")
+            calls = {k: problem.call(k) for k in (*KERNELS, "stock")}
+            why_not = {k: c for k, c in calls.items() if isinstance(c, str)}
+            seconds = gpu_seconds({k: c for k, c in calls.items() if k not in why_not}, rounds=7)
+            row = {
+                "stem": name,
+                "problem": str(problem.p),
+                "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+                "reasons": why_not,
+            }
+            if (ours := seconds.get("wgmma stem")) is not None:
+                tflops = 2 * problem.p.macs / ours / 1e12
+                row["tflop_per_s"] = round(tflops, 1)
+                row["share_of_matmul"] = round(tflops / rate, 3)
+            yield row
+
+
+def stem_speed(batches: tuple[int, ...] = (1, 8, 32)) -> dict[str, Any]:
+    """Stems of bfloat16 channels-last clips: ours, the kernel for 8.0, cuDNN's layers."""
+    require_sm90()
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for row in _rows(batches):
+            rows.append(row)
+            progress(stems=rows)
+    if not any("wgmma stem" in row["us"] for row in rows):
+        raise NotHere(f"wgmma stem: {rows[0]['reasons'].get('wgmma stem')}")
+    return {"stems": rows}
+
+
+def small_calls() -> None:
+    """For compute-sanitizer."""
+    for text in PROBLEMS[:-1]:
+        for clip in (False, True):
+            Stem(text, torch.bfloat16, clip).ours()
+
+
+def sections() -> list[Section]:
+    """What gpu_report runs."""
+    return [
+        Section("wgmma stem against float64", check_stem, 5, 60, "wgmma"),
+        Section("wgmma stem: speed", functools.partial(stem_speed), 10, 60, "wgmma"),
+    ]

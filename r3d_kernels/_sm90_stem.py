@@ -1,0 +1,85 @@
+"""The Hopper convolution of few channels as one of the kernels that `backends` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from r3d_kernels._kernel import Layer, Request
+    from r3d_kernels.ops.clip import ClipSource
+
+__all__ = ["Sm90Stem"]
+
+
+class Sm90Stem:
+    """Our stem on wgmma (csrc/cuda/conv3d_sm90_stem.cu): few channels, any clip, weights unfolded.
+
+    A value that is no number or infinite can show in the outputs next to those whose windows it is in: windows are
+    multiplied as wide as whole units of memory, with zeros behind the filter.
+    """
+
+    name = "wgmma stem"
+    backend = "cuda"
+    private = True  # tried once before it may be chosen
+    compared = True  # and held against the stock layers then
+
+    def can_run(self, request: Request) -> str | None:
+        from r3d_kernels import backends  # it imports this module
+
+        p = request.problem
+        if request.device.type != "cuda":
+            return f"needs a CUDA tensor, got {request.device.type}"
+        if not any(arch.startswith("9.0a") for arch in backends.describe()["cuda_archs"]):
+            return "was not compiled for 9.0a"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device here"
+        if torch.cuda.get_device_capability(request.device) != (9, 0):
+            return "needs a GPU of compute capability 9.0"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"has bfloat16 and float16 only, got {request.dtype}"
+        if p.groups != 1:
+            return f"has groups=1 only, got {p.groups}"
+        if p.residual:
+            return "adds no residual"
+        geometry = (p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation)
+        why_not = torch.ops.r3d_kernels.conv3d_sm90_stem_refuses(*geometry, request.dtype)
+        return why_not or self._unproven(request.device)
+
+    @staticmethod
+    def _unproven(device: torch.device) -> str | None:
+        from r3d_kernels.ops import conv3d_sm90, conv3d_sm90_stem
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in conv3d_sm90_stem.proven and torch.cuda.is_current_stream_capturing():
+            return "is not tried for the first time while a CUDA graph is captured"
+        if conv3d_sm90_stem.proven_stem(index):
+            return None
+        return conv3d_sm90.refused.get(index, "gave wrong results on a small convolution on this GPU")
+
+    def pack_key(self, request: Request) -> Hashable:
+        return request.dtype, request.problem.stride
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        from r3d_kernels.ops.conv3d_sm90_stem import pack
+
+        p = request.problem
+        layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout(p.weight_shape, p.stride)
+        scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
+        return pack(layer.weight.to(request.dtype), layout), scale.float(), layer.shift.float()
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        return self._run(pack, x, None, None, request)
+
+    def run_clip(self, pack: Any, clip: Tensor, source: ClipSource, request: Request) -> Tensor:
+        """Reads the clip where the decoder left it: normalised on the way to the rows that it copies x to anyway."""
+        return self._run(pack, clip, source.scale, source.shift, request)
+
+    @staticmethod
+    def _run(pack: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        geometry = (p.k, p.kernel, p.stride, p.padding, p.activation or "none")
+        return torch.ops.r3d_kernels.conv3d_sm90_stem(x, scale, shift, *pack, *geometry)
