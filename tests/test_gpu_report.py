@@ -28,6 +28,7 @@ import gpu_sanitizer
 import gpu_sections
 import gpu_sm80
 import gpu_sm90
+import gpu_stem
 import gpu_triton
 import gpu_triton_layers
 import measure
@@ -967,3 +968,50 @@ def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatc
         gpu_sm90.sm90_tiles("r3d_18", 8)
     names = [s.name for s in gpu_report.plan(lambda: 0.0)]
     assert names.index("conv3d_sm90 against float64") < names.index("conv3d_sm90 speed, r3d_18 batch 32")
+
+
+# ---- the Hopper stem ----
+
+
+def stem_by_stock(stem: gpu_stem.Stem, kind: int, wrong: float = 0.0) -> torch.Tensor:
+    """The op's answer, by torch in float64."""
+    return (stem.exact()[0] * (1 + wrong)).to(stem.dtype)
+
+
+def test_the_stems_check(monkeypatch):
+    monkeypatch.setattr(gpu_stem, "PROBLEMS", gpu_stem.PROBLEMS[2:5])
+    rows = gpu_stem.check("cpu", stem_by_stock)
+    assert len(rows) == 3 * 2 * 2 * 4
+    assert all(row["worst"] <= 1 for row in rows)
+    assert {row["clip"] for row in rows} == {True, False}
+    rows = gpu_stem.check("cpu", lambda stem, kind: stem_by_stock(stem, kind, 0.01 * (kind == 1)))
+    assert {row["kind"] for row in rows if not row["worst"] <= 1} == {1}
+    monkeypatch.setattr(gpu_stem, "require_sm90", lambda: None)
+    monkeypatch.setattr(gpu_stem, "check", lambda: rows)
+    with pytest.raises(Failed, match="runs are wrong, first"):
+        gpu_stem.check_stem()
+
+
+def test_the_stems_speed(monkeypatch):
+    monkeypatch.setattr(gpu_stem, "require_sm90", lambda: None)
+    monkeypatch.setattr(gpu_stem, "roofline", lambda: {"matmul_tflop_per_s": {"bfloat16": 800.0}})
+    monkeypatch.setattr(gpu_stem, "STEMS", {"small": "n{}c3d3h9w12k8f3s1x2x2p1+relu"})
+
+    class Problem(gpu_sm80.Problem):
+        def __init__(self, text, dtype, device):
+            super().__init__(text, dtype, "cpu")
+
+        def call(self, name):
+            return (lambda: None) if name in able else f"{name} does not run here"
+
+    monkeypatch.setattr(gpu_sm80, "Problem", Problem)
+    monkeypatch.setattr(gpu_stem, "gpu_seconds", lambda calls, **_: {n: 1e-6 * (1 + len(n)) for n in calls})
+    able = {"wgmma stem", "stock"}
+    rows = gpu_stem.stem_speed((1, 8))["stems"]
+    assert [row["problem"] for row in rows] == [f"n{n}c3d3h9w12k8f3s1x2x2p1+relu" for n in (1, 8)]
+    assert rows[0]["us"] == {"wgmma stem": 11.0, "stock": 6.0}
+    assert set(rows[0]["reasons"]) == {"sm80", "sm80 64x64"}
+    assert rows[1]["tflop_per_s"] == pytest.approx(8 * rows[0]["tflop_per_s"], abs=0.5)
+    able = {"stock"}
+    with pytest.raises(NotHere, match="wgmma stem: wgmma stem does not run here"):
+        gpu_stem.stem_speed((1,))

@@ -17,59 +17,71 @@ namespace stem {
 using namespace sm90;
 
 constexpr int kThreads = 256, kLanes = 64;  // of the copy: threads that share a row
+constexpr int kRowsABlock = 16;
 
 struct RowsParams {
   const void* x;
-  int64_t stride_n, stride_c, stride_d, stride_h, stride_w;
+  int64_t stride_n, stride_d, stride_h, stride_w;
   const float* scale;
   const float* shift;
   uint4* rows;
-  int64_t count;  // of rows
-  int64_t units;  // of all, with the zeros behind the last row
-  int frames, phases, rows_a_phase, pitch, height, width;
-  int pad_h, pad_w, step_h, step_w, phase_step;
-  int slots;
-  int slot_row[8], slot_channel[8];  // row -1: nothing
+  int64_t tail;  // units of zeros behind the last row
+  int planes, frames, phases, rows_a_phase, pitch, height, width;
+  int pad_h, pad_w, step_h, phase_step;
+  int slots, used;         // elements of a pixel, and those that have a value
+  int row[8], channel[8];  // of an element: the row counted from the pixel's own
+  int64_t offset[8];       // and where it is, from there
 };
 
 template <class From>
-__device__ __forceinline__ float as_float(const void* x, int64_t at) {
-  if constexpr (std::is_same_v<From, float> || std::is_same_v<From, uint8_t>)
-    return float(static_cast<const From*>(x)[at]);
+__device__ __forceinline__ float as_float(const From& v) {
+  if constexpr (std::is_same_v<From, BFloat16> || std::is_same_v<From, Float16>)
+    return From::load(v.bits);
   else
-    return From::load(static_cast<const uint16_t*>(x)[at]);
+    return float(v);
 }
 
-// A thread makes units: x * scale + shift where x is, else 0.
+// A block makes rows of one phase of one frame, a thread units: x * scale + shift where x is, else 0. The
+// last blocks make the zeros behind them.
 template <class T, class From, int kSlots>
 __global__ void __launch_bounds__(kThreads)
     conv3d_sm90_stem_rows_kernel(const __grid_constant__ RowsParams p) {
-  const int lane = int(threadIdx.x) % kLanes;
-  const int64_t step = int64_t(gridDim.x) * (kThreads / kLanes);
-  for (int64_t row = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;; row += step) {
-    const int64_t first = row * p.pitch;
-    if (first >= p.units) return;
-    const bool real = row < p.count;
-    const int j = int(row % p.rows_a_phase), plane = int(row / p.rows_a_phase);
-    const int phase = plane % p.phases, frame = plane / p.phases;
-    const int h = phase * p.phase_step + j * p.step_h - p.pad_h;
-    const int64_t from = int64_t(frame / p.frames) * p.stride_n + int64_t(frame % p.frames) * p.stride_d;
-    for (int u = lane; u < p.pitch && first + u < p.units; u += kLanes) {
+  const int plane = int(blockIdx.x);
+  uint4* to = p.rows + int64_t(plane) * p.rows_a_phase * p.pitch;
+  if (plane == p.planes) {
+    for (int64_t i = blockIdx.y * kThreads + threadIdx.x; i < p.tail; i += gridDim.y * kThreads)
+      to[i] = uint4{0, 0, 0, 0};
+    return;
+  }
+  const int frame = plane / p.phases, n = frame / p.frames;
+  const From* x = static_cast<const From*>(p.x) + n * p.stride_n + (frame - n * p.frames) * p.stride_d;
+  const int first = int(blockIdx.y) * kRowsABlock, lane = int(threadIdx.x) % kLanes;
+  const int end = first + kRowsABlock < p.rows_a_phase ? first + kRowsABlock : p.rows_a_phase;
+  for (int j = first + int(threadIdx.x) / kLanes; j < end; j += kThreads / kLanes) {
+    const int h = (plane - frame * p.phases) * p.phase_step + j * p.step_h - p.pad_h;
+    const From* row = x + h * p.stride_h;
+    for (int u = lane; u < p.pitch; u += kLanes) {
       float v[8];
 #pragma unroll
-      for (int e = 0; e < 8; e++) {
-        const int slot = e % kSlots, w = u * (8 / kSlots) + e / kSlots - p.pad_w;
-        const int at = h + p.slot_row[slot], c = p.slot_channel[slot];
-        v[e] = 0.f;
-        if (real && p.slot_row[slot] >= 0 && at >= 0 && at < p.height && w >= 0 && w < p.width) {
-          v[e] = as_float<From>(p.x, from + at * p.stride_h + w * p.stride_w + c * p.stride_c);
-          if (p.scale) v[e] *= p.scale[c];
-          if (p.shift) v[e] += p.shift[c];
+      for (int pixel = 0; pixel < 8 / kSlots; pixel++) {
+        const int w = u * (8 / kSlots) + pixel - p.pad_w;
+        const From* at = row + w * p.stride_w;
+        const bool inside = w >= 0 && w < p.width;
+#pragma unroll
+        for (int i = 0; i < kSlots; i++) {
+          float& value = v[pixel * kSlots + i];
+          value = 0.f;
+          const int its = h + p.row[i];
+          if (i < p.used && inside && its >= 0 && its < p.height) {
+            value = as_float(at[p.offset[i]]);
+            if (p.scale) value *= p.scale[p.channel[i]];
+            if (p.shift) value += p.shift[p.channel[i]];
+          }
         }
       }
       Pack<T, 8> unit;
       unit.set(v);
-      p.rows[first + u] = unit.raw;
+      to[j * p.pitch + u] = unit.raw;
     }
   }
 }
@@ -270,29 +282,26 @@ RowsParams rows_parameters(const ConvGeometry& g, const StemLayout& l, const Ste
                            const StemPlan& plan, void* rows) {
   RowsParams p{};
   p.x = s.x;
-  p.stride_n = s.stride_n, p.stride_c = s.stride_c, p.stride_d = s.stride_d;
-  p.stride_h = s.stride_h, p.stride_w = s.stride_w;
+  p.stride_n = s.stride_n, p.stride_d = s.stride_d, p.stride_h = s.stride_h, p.stride_w = s.stride_w;
   p.scale = s.scale, p.shift = s.shift;
   p.rows = static_cast<uint4*>(rows);
-  p.count = g.n * g.in.d * l.phases * l.rows;
-  p.units = plan.units;
+  p.planes = int(g.n * g.in.d) * l.phases;
+  p.tail = plan.units - g.n * g.in.d * l.frame_units();
   p.frames = int(g.in.d), p.phases = l.phases, p.rows_a_phase = int(l.rows), p.pitch = int(l.pitch);
   p.height = int(g.in.h), p.width = int(g.in.w);
   p.pad_h = int(g.padding.h), p.pad_w = int(g.padding.w);
-  p.step_h = int(g.stride.h), p.step_w = int(g.stride.w);
-  p.phase_step = common_divisor(int(g.stride.h), l.group);
-  p.slots = l.slots;
-  for (int i = 0; i < 8; i++) {
-    p.slot_row[i] = i < l.group * g.c ? int(i / g.c) : -1;
-    p.slot_channel[i] = int(i % g.c);
+  p.step_h = int(g.stride.h), p.phase_step = common_divisor(int(g.stride.h), l.group);
+  p.slots = l.slots, p.used = l.group * int(g.c);
+  for (int i = 0; i < p.used; i++) {
+    p.row[i] = i / int(g.c), p.channel[i] = i % int(g.c);
+    p.offset[i] = p.row[i] * s.stride_h + p.channel[i] * s.stride_c;
   }
   return p;
 }
 
 template <class T, class From>
 const char* launch_rows(const RowsParams& p, void* stream) {
-  const int64_t blocks = ceil_div(ceil_div(p.units, p.pitch), kThreads / kLanes);
-  const dim3 grid(unsigned(blocks < 1 << 20 ? blocks : 1 << 20)), block(kThreads);
+  const dim3 grid(unsigned(p.planes + 1), unsigned(ceil_div(p.rows_a_phase, kRowsABlock))), block(kThreads);
   if (p.slots == 8)
     R3D_LAUNCH((conv3d_sm90_stem_rows_kernel<T, From, 8>), grid, block, stream, p);
   else if (p.slots == 4)

@@ -84,7 +84,7 @@ inline const char* conv3d_sm90_stem_refuses(const ConvGeometry& g, DType dtype) 
   const StemLayout l = stem_layout(g);
   if (l.blocks() > kStemMostBlocks) return "the kernel is too large";
   if (g.out.w > kStemPixels[0] || l.pitch > 256) return "rows have at most 240 outputs";
-  if (g.in.h >= 1 << 24 || g.in.d >= 1 << 24 || g.k >= 1 << 24) return "an axis is too long";
+  if (g.in.h >= 1 << 19 || g.in.d >= 1 << 24 || g.k >= 1 << 24) return "an axis is too long";
   // Indices of rows, tiles and planes are 32-bit.
   if (g.n * g.in.d * l.phases * l.rows >= INT32_MAX / 2) return "more than 2^30 rows";
   if (g.n * g.out.d * g.out.h * ceil_div(g.k, kStemChannels) >= INT32_MAX / 2)

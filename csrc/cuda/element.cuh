@@ -9,12 +9,16 @@ struct BFloat16 {
   uint16_t bits;
   static __device__ __forceinline__ float load(uint16_t v) { return bf16_to_float(v); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16x2(low, high); }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_bf16x2(a, b); }
+  static constexpr uint32_t kLowest = 0xff80ff80;  // twice minus infinity
 };
 
 struct Float16 {
   uint16_t bits;
   static __device__ __forceinline__ float load(uint16_t v) { return f16_to_float(v); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_f16x2(low, high); }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_f16x2(a, b); }
+  static constexpr uint32_t kLowest = 0xfc00fc00;
 };
 
 // N neighbouring elements, as they lie in memory: one load, one store.

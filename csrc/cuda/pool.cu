@@ -53,6 +53,84 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool3d_kernel(PoolArgs a) {
   }
 }
 
+// 16 bytes of channels, all minus infinity, and the larger of two: NaN wins.
+template <class T>
+__device__ __forceinline__ uint4 lowest(Pack<T, 8>) {
+  return {T::kLowest, T::kLowest, T::kLowest, T::kLowest};
+}
+__device__ __forceinline__ float4 lowest(Pack<float, 4>) {
+  return make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+}
+template <class T>
+__device__ __forceinline__ void raise(Pack<T, 8>& best, const Pack<T, 8>& v) {
+  best.raw = {T::max(best.raw.x, v.raw.x), T::max(best.raw.y, v.raw.y), T::max(best.raw.z, v.raw.z),
+              T::max(best.raw.w, v.raw.w)};
+}
+__device__ __forceinline__ void raise(Pack<float, 4>& best, const Pack<float, 4>& v) {
+  float larger[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float a = best.get(i), b = v.get(i);
+    larger[i] = b > a || b != b ? b : a;
+  }
+  best.set(larger);
+}
+
+constexpr int kPoolRows = 7;  // of outputs that a thread makes
+
+// The windows of the networks' stems: 3 x 3 positions of kDepth frames, every second row. A thread makes 16
+// bytes of channels of one output column, row after row, and keeps what two windows share: a row of inputs is
+// read once by a block and reduced once.
+template <class T, int N, int kDepth>
+__global__ void __launch_bounds__(kPoolThreads) max_pool3d_rows_kernel(PoolArgs a) {
+  using P = Pack<T, N>;
+  const int columns = int(a.c / N), item = int(blockIdx.z * kPoolThreads + threadIdx.x);
+  const int ow = item / columns, column = item - ow * columns;
+  if (ow >= a.out.w) return;
+  const int64_t n = blockIdx.x / a.out.d, d0 = blockIdx.x % a.out.d * a.stride.d - a.padding.d;
+  const int w0 = int(ow * a.stride.w - a.padding.w), h_end = int(a.in.h);
+  const int64_t row_step = a.in.w * columns;
+  const P* x = static_cast<const P*>(a.x) + ((n * a.in.d + d0) * a.in.h * a.in.w + w0) * columns + column;
+  bool depth_in[kDepth], width_in[3];
+#pragma unroll
+  for (int i = 0; i < kDepth; i++) depth_in[i] = d0 + i >= 0 && d0 + i < a.in.d;
+#pragma unroll
+  for (int i = 0; i < 3; i++) width_in[i] = w0 + i >= 0 && w0 + i < a.in.w;
+
+  const auto row = [&](int h) {
+    P v[kDepth][3];
+    const bool inside = h >= 0 && h < h_end;
+#pragma unroll
+    for (int i = 0; i < kDepth; i++) {
+      const P* at = x + (i * a.in.h + h) * row_step;
+#pragma unroll
+      for (int j = 0; j < 3; j++) {
+        v[i][j].raw = lowest(P());
+        if (inside && depth_in[i] && width_in[j]) v[i][j] = at[j * columns];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kDepth; i++)
+#pragma unroll
+      for (int j = 0; j < 3; j++)
+        if (i + j > 0) raise(v[0][0], v[i][j]);
+    return v[0][0];
+  };
+  const int first = int(blockIdx.y) * kPoolRows, h0 = int(first * 2 - a.padding.h);
+  const int end = first + kPoolRows < a.out.h ? first + kPoolRows : int(a.out.h);
+  P* y = static_cast<P*>(a.y) + ((blockIdx.x * a.out.h + first) * a.out.w + ow) * columns + column;
+  P shared = row(h0);
+  for (int oh = first; oh < end; oh++) {
+    const int h = h0 + 2 * (oh - first);
+    P best = row(h + 1);
+    raise(best, shared);
+    shared = row(h + 2);
+    raise(best, shared);
+    *y = best;
+    y += a.out.w * columns;
+  }
+}
+
 // A warp's lanes sum N channels each over every kWarps-th pixel; the block adds the warps in their order.
 constexpr int kMeanWarps = 8;
 
@@ -115,11 +193,26 @@ bool takes_vectors(int64_t channels, int per_vector, const void* a, const void* 
          reinterpret_cast<uintptr_t>(b) % 16 == 0;
 }
 
+// Whether max_pool3d_rows_kernel has the window, and its grid the blocks.
+bool pools_rows(const PoolArgs& a) {
+  return a.kernel.h == 3 && a.kernel.w == 3 && a.stride.h == 2 && (a.kernel.d == 1 || a.kernel.d == 3) &&
+         a.n * a.out.d <= INT32_MAX && ceil_of(a.out.h, kPoolRows) <= 65535 && a.c <= 1 << 20 &&
+         a.out.w * a.c <= int64_t(1) << 24 && a.in.h <= 1 << 28;
+}
+
 template <class T, int kVector>
 const char* pool_of(const PoolArgs& a, void* stream) {
   const int64_t outputs = a.n * a.out.volume() * a.c;
   const dim3 block(kPoolThreads);
-  if (takes_vectors(a.c, kVector, a.x, a.y))
+  const bool vectors = takes_vectors(a.c, kVector, a.x, a.y);
+  if (vectors && pools_rows(a)) {
+    const dim3 grid(unsigned(a.n * a.out.d), unsigned(ceil_of(a.out.h, kPoolRows)),
+                    unsigned(ceil_of(a.out.w * (a.c / kVector), kPoolThreads)));
+    if (a.kernel.d == 3)
+      R3D_LAUNCH((max_pool3d_rows_kernel<T, kVector, 3>), grid, block, stream, a);
+    else
+      R3D_LAUNCH((max_pool3d_rows_kernel<T, kVector, 1>), grid, block, stream, a);
+  } else if (vectors)
     R3D_LAUNCH((max_pool3d_kernel<T, kVector>), dim3(pool_grid(outputs / kVector)), block, stream, a);
   else
     R3D_LAUNCH((max_pool3d_kernel<T, 1>), dim3(pool_grid(outputs)), block, stream, a);

@@ -30,4 +30,17 @@ __device__ __forceinline__ float bf16_to_float(uint16_t bits) {
   return __uint_as_float(uint32_t(bits) << 16);
 }
 
+// The larger of each pair; NaN where one of them is.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 }  // namespace r3d::cuda

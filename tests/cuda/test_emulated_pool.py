@@ -52,6 +52,18 @@ def test_nan_wins_and_infinities_stay(emulated80, dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=str)
+def test_max_pool_of_many_rows_and_columns(emulated80, dtype, window):
+    """Several strips of output rows, more columns than a block has threads, tails on every side, NaN."""
+    for shape in ((1, 8, 3, 33, 5), (1, 136, 1, 4, 37), (2, 16, 5, 30, 29), (1, 264, 2, 29, 3)):
+        x = torch.randn(shape)
+        x.view(-1)[:: shape[1] * 5] = float("nan")
+        x = channels_last(x.to(dtype))
+        want = F.max_pool3d(x.float(), *window).to(dtype)
+        torch.testing.assert_close(pool(emulated80, x, window), want, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_misaligned_pointers(emulated80, dtype):
     x = channels_last(torch.randn(1, 16, 3, 5, 5).to(dtype))
     moved = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)

@@ -51,4 +51,19 @@ inline uint32_t pack_f16x2(float low, float high) {
   return uint32_t(float_to_f16(high)) << 16 | float_to_f16(low);
 }
 
+template <class Load>
+uint32_t max_of_halves(uint32_t a, uint32_t b, Load load) {
+  uint32_t larger = 0;
+  for (int shift : {0, 16}) {
+    const uint16_t left = uint16_t(a >> shift), right = uint16_t(b >> shift);
+    const float l = load(left), r = load(right);
+    const bool nan = std::isnan(l) || std::isnan(r);
+    const uint16_t more = l == r ? left & right : l > r ? left : right;  // +0 is more than -0
+    larger |= uint32_t(nan ? 0x7fff : more) << shift;
+  }
+  return larger;
+}
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) { return max_of_halves(a, b, bf16_to_float); }
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) { return max_of_halves(a, b, f16_to_float); }
+
 }  // namespace r3d::cuda
