@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import measure
@@ -71,89 +73,106 @@ def check_triton(
     The first configuration of every problem comes before the others of any: each takes seconds to compile.
     """
     require_triton()
-    from r3d_kernels.problems import ConvProblem
+    firsts, others = [], []
+    for text in problems:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            first, *more = _cases(ConvProblem.parse(text), dtype, device)
+            firsts.append(first)
+            others += more
+    cases = firsts + others
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(cases), _AT_ONCE):
+        some = cases[at : at + _AT_ONCE]
+        if left() < 5:
+            break
+        _compile(some, left)
+        for case in some:
+            if left() < 3:
+                break
+            error, allowed = (
+                _apart(case.run(*case.tensors), case.expected),
+                _allowed(case.dtype, case.precision),
+            )
+            dtype_name = str(case.dtype).removeprefix("torch.")
+            rows.append(
+                {
+                    "problem": case.problem,
+                    "dtype": dtype_name,
+                    "what": case.what,
+                    "error": error,
+                    "allowed": allowed,
+                }
+            )
+        progress(rows=rows)
+    bad = [row for row in rows if not row["error"] <= row["allowed"]]
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
+    return {"cases": len(rows), "not_reached": len(cases) - len(rows), "largest_error": largest(rows)}
+
+
+_AT_ONCE = 48  # cases that are compiled together, before any of them runs
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One configuration of one problem."""
+
+    problem: str
+    dtype: torch.dtype
+    precision: str
+    what: str
+    run: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+    expected: Tensor  # float64
+
+
+def _cases(p: ConvProblem, dtype: torch.dtype, device: str) -> Iterator[_Case]:
+    """A layer's configurations, the default first, and those of its gradients."""
     from r3d_kernels.triton import config as configs
     from r3d_kernels.triton import conv3d
 
-    rows, bad = [], []
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    t = p.tensors(dtype, device=device)
+    precision = configs.precision_of(dtype)
+    scale = (t.gamma.double() / (t.running_var.double() + t.eps).sqrt()).float()
+    bias = (t.beta.double() - t.running_mean.double() * scale.double()).float()
+    x, weight = t.x.double().requires_grad_(), t.weight.double().requires_grad_()
+    y = F.conv3d(x, weight, None, *geometry)
+    dy = torch.randn_like(y).to(dtype)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy.double())
+    dy = dy.contiguous(memory_format=torch.channels_last_3d)
+    y = y.detach() * scale.double().view(1, -1, 1, 1, 1) + bias.double().view(1, -1, 1, 1, 1)
+    y = y if t.residual is None else y + t.residual.double()
+    y = y.relu() if p.activation == "relu" else y
+    about = (p, dtype, precision, configs.machine(t.x.device))
+    for what, all_of, make, tensors, expected in (
+        ("", configs.candidates, _forward, (t.x, t.weight, scale, bias, t.residual), y),
+        ("input gradient ", configs.input_grads, conv3d.input_grad, (dy, t.weight), dx),
+        ("weight gradient ", configs.weight_grads, conv3d.weight_grad, (t.x, dy), dw),
+    ):
+        for config in all_of(*about):
+            run = make(p, config, precision)
+            yield _Case(str(p), dtype, precision, f"{what}{config}", run, tensors, expected)
 
-    def note(text: str, dtype: torch.dtype, what: str, y: Tensor, expected: Tensor, precision: str) -> None:
-        error, allowed = _apart(y, expected), _allowed(dtype, precision)
-        dtype_name = str(dtype).removeprefix("torch.")
-        rows.append({"problem": text, "dtype": dtype_name, "what": what, "error": error, "allowed": allowed})
-        if not error <= allowed:
-            bad.append(rows[-1])
-        progress(rows=rows)
 
-    later: list[Callable[[], None]] = []
-    for text in problems:
-        p = ConvProblem.parse(text)
-        geometry = (p.stride, p.padding, p.dilation, p.groups)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            t = p.tensors(dtype, device=device)
-            precision = configs.precision_of(dtype)
-            scale = (t.gamma.double() / (t.running_var.double() + t.eps).sqrt()).float()
-            bias = (t.beta.double() - t.running_mean.double() * scale.double()).float()
-            x, weight = t.x.double().requires_grad_(), t.weight.double().requires_grad_()
-            y = F.conv3d(x, weight, None, *geometry)
-            dy = torch.randn_like(y).to(dtype)
-            dx, dw = torch.autograd.grad(y, (x, weight), dy.double())
-            y = y.detach() * scale.double().view(1, -1, 1, 1, 1) + bias.double().view(1, -1, 1, 1, 1)
-            y = y if t.residual is None else y + t.residual.double()
-            y = y.relu() if p.activation == "relu" else y
+def _forward(p: ConvProblem, config: Any, precision: str) -> Callable[..., Tensor]:
+    from r3d_kernels.triton import conv3d
 
-            def forward(
-                config: Any,
-                text=text,
-                p=p,
-                dtype=dtype,
-                precision=precision,
-                t=t,
-                scale=scale,
-                bias=bias,
-                y=y,
-            ) -> None:
-                run = conv3d.forward(p, config, precision, True, True)
-                note(text, dtype, str(config), run(t.x, t.weight, scale, bias, t.residual), y, precision)
+    return conv3d.forward(p, config, precision, True, True)
 
-            first, *others = configs.candidates(p, dtype, precision, configs.machine(t.x.device))
-            forward(first)
-            later += [functools.partial(forward, config) for config in others]
 
-            def gradient(
-                which: str,
-                config: Any,
-                text=text,
-                p=p,
-                dtype=dtype,
-                precision=precision,
-                t=t,
-                dy=dy,
-                dx=dx,
-                dw=dw,
-            ) -> None:
-                if which == "input":
-                    ours, want = conv3d.input_grad(p, config, precision)(dy, t.weight), dx
-                else:
-                    ours, want = conv3d.weight_grad(p, config, precision)(t.x, dy), dw
-                note(text, dtype, f"{which} gradient {config}", ours, want, precision)
+def _compile(cases: Sequence[_Case], left: Callable[[], float]) -> None:
+    """What the cases launch, several at once; what does not compile says so when it runs."""
+    from r3d_kernels.triton import ahead
+    from r3d_kernels.triton.backend import interpreted
 
-            dy = dy.contiguous(memory_format=torch.channels_last_3d)
-            where = configs.machine(t.x.device)
-            later += [
-                functools.partial(gradient, which, config, dy=dy)
-                for which, all_of in (("input", configs.input_grads), ("weight", configs.weight_grads))
-                for config in all_of(p, dtype, precision, where)
-            ]
-    reached = 0
-    for call in later:
-        if left() < 5:
-            break
-        call()
-        reached += 1
-    if bad:
-        raise Failed(f"{len(bad)} of {len(rows)} cases are wrong, first {bad[0]}", {"rows": rows})
-    return {"cases": len(rows), "not_reached": len(later) - reached, "largest_error": largest(rows)}
+    if interpreted():
+        return
+    with ahead.noted() as jobs:
+        for case in cases:
+            with contextlib.suppress(Exception):
+                case.run(*map(ahead.like, case.tensors))
+    ahead.compile_all(jobs, cases[0].expected.device, max(left() - 5, 0))
 
 
 def inductor_template(
