@@ -97,7 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       d["pixels"] = t.pixels, d["channels"] = t.channels, d["taps"] = t.taps, d["stages"] = l.stages;
       d["weight_stages"] = l.weight_stages;
       d["shared_bytes"] = l.shared_bytes, d["stage_bytes"] = l.stage_bytes,
-      d["step_cycles"] = sm90_step_cycles(t);
+      d["step_cycles"] = sm90_step_cycles(t, {t.pixels, t.channels * t.taps, 0}, 1, 1);
       tiles.append(d);
     }
     return tiles;
