@@ -278,7 +278,7 @@ R3D_HOST_DEVICE inline Sm90Place sm90_place(int index, int pixel_tiles, int chan
 const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
                         const Sm90Plan& plan, void* workspace, void* stream);
 
-// sm90_plan for the current device.
+// sm90_plan for the current device; remembered for the geometries that the calling thread met last.
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles = ~0u, int split = 0);
 
 }  // namespace r3d::cuda

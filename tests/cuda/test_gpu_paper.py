@@ -2,6 +2,7 @@
 
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,24 @@ def test_the_sums_of_one_clip_are_split_where_whole_ones_would_leave_the_gpu_idl
     }
     assert sorted(tiles) == [64, 128, 256, 512]
     assert min(tiles.values()) >= 90  # of 132
+
+
+def test_plans_are_remembered(emulated_sm90):
+    """As many geometries as share places, twice, and by threads at once: always the plan of these very arguments."""
+    problems = [geometry(p) for p in random_problems(300)]
+
+    def differing(seed):
+        rng = random.Random(seed)
+        asked = [(p, rng.choice([-1 % 2**32, 1 << 12, 0x1F00]), rng.choice([0, 1, 2])) for p in problems]
+        return [a for a in asked * 2 if emulated_sm90.remembered_plan(*a) != emulated_sm90.chosen_plan(*a)]
+
+    try:
+        for sms in (2, 132):
+            emulated_sm90.configure(multiprocessors=sms)
+            with ThreadPoolExecutor(3) as pool:
+                assert not any(pool.map(differing, range(3)))
+    finally:
+        emulated_sm90.configure()
 
 
 def test_rows_add_up():
