@@ -3,13 +3,13 @@
     python benchmarks/gpu_paper.py --networks r3d_18,r3d_50,hara_r3d_50 --batches 1,8,32
 
 No GPU is needed and nothing is measured. Tiles, splits and clocks come from the rule that the kernel itself chooses by
-(csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together); 'share' is of the 790 TFLOP/s that large
-bfloat16 matrix products reach on an H200. Layers that the kernel does not take stand there without a prediction.
-Channels that are no multiple of 8 move as if they were.
+(csrc/cuda/conv3d_sm90.h; tests/cuda/test_gpu_paper.py holds the two together), whose constants are fitted to benchmarks
+of an H100 SXM; 'share' is of the 790 TFLOP/s that large bfloat16 matrix products reach there and on an H200. Layers
+that the kernel does not take stand there without a prediction. Channels that are no multiple of 8 move as if they were.
 
 Behind the table of a network whose stem has a max-pool stands what it would save to compute both in one kernel: the
 stem's output is then neither written nor read again, but every tile computes the rows that it shares with its
-neighbours once more. At most 3 % of the network's time, so this is not done.
+neighbours once more. At most 5 % of the network's time with everything in its favour, so this is not done.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ from r3d_kernels.ops.conv3d_sm90 import TILES
 from r3d_kernels.problems import LAYER_INPUT, ConvProblem, network_problems, unique
 
 SMS = 132
-RATE = 790e12  # FLOP/s of large bfloat16 products on one H200
-COPY = 4.3e12  # bytes/s read and written on the same
+RATE = 790e12  # FLOP/s of large bfloat16 products on one H200, and on one H100 SXM
+COPY = 2.99e12  # bytes/s read and written on the H100
+CLOCK = 1.7e9  # of its multiprocessors under load
+CALL = 2e-6  # seconds of a kernel that does nothing
 
 # csrc/cuda/conv3d_sm90.h
 CONSUMERS, DEPTH, SHARED, CONTROL = 2, 64, 227 << 10, 1024
 FEWEST_CHANNELS = 16  # of r3d_kernels/_sm90.py
-FLOPS_PER_CLOCK, SHARED_PER_CLOCK, L2_PER_CLOCK = 4096, 128, 28
-LATENCY, TILE_OVERHEAD, OUTPUTS_PER_CLOCK, SMALLEST_PART = 1200, 1200, 16, 4
+FLOPS_PER_CLOCK, SHARED_PER_CLOCK, L2_PER_CLOCK, L2_MOST = 4096, 128, 36, 48
+PIXEL_BYTES, WEIGHT_BYTES, ROW_OUTSIDE, ROW_PARTLY = 128, 72, 10, 4
+LATENCY, TILE_OVERHEAD, OUTPUTS_PER_CLOCK = 1400, 1000, 10
+JOIN, JOIN_PER_CLOCK, SMALLEST_PART = 10000, 64, 4
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -97,36 +101,64 @@ def spare_clocks(tile: tuple[int, int, int], latency: int = 900) -> int:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What an average step loads."""
+
+    pixels: int  # rows of 64 channels that are there
+    weights: int
+    zeros: int = 0  # clocks that TMA spends on what is not there
+
+    @property
+    def bytes(self) -> int:
+        """Those that L2 is asked for: weights are sent once to several."""
+        return PIXEL_BYTES * self.pixels + WEIGHT_BYTES * self.weights
+
+
+def load(p: ConvProblem, tile: tuple[int, int, int], rows: int, channel_tiles: int) -> Load:
+    pixels, channels, taps = tile
+    if taps > 1:
+        pixels = layout(tile).slices * rows * (p.out_size[2] + (p.kernel[2] - 1) * p.dilation[2])
+    weights = ceil_div(p.k * taps, channel_tiles)
+    zeros = ROW_OUTSIDE * (channels * taps - weights)
+    if p.c % DEPTH:
+        zeros += ROW_PARTLY * (pixels + weights) // ceil_div(p.c, DEPTH)
+    return Load(pixels, weights, zeros)
+
+
+@dataclass(frozen=True)
 class Step:
     """Clocks of one step of 64 channels, by what they are spent on, all at the same time."""
 
     products: int
     shared: int
-    l2: int
+    loads: int  # L2, and TMA where it fills with zeros
     latency: int  # of a stage on its way while the others are read
 
     @property
     def cycles(self) -> int:
-        return max(self.products, self.shared, self.l2, self.latency)
+        return max(self.products, self.shared, self.loads, self.latency)
 
     @property
     def limit(self) -> str:
-        return max(("products", "shared", "l2", "latency"), key=lambda name: getattr(self, name))
+        return max(("products", "shared", "loads", "latency"), key=lambda name: getattr(self, name))
 
 
-def step(tile: tuple[int, int, int]) -> Step:
+def step(tile: tuple[int, int, int], loaded: Load | None = None, busy: int = SMS, sms: int = SMS) -> Step:
+    """`loaded`: a whole tile, if not said; `busy` of the multiprocessors work."""
     pixels, channels, taps = tile
     part = layout(tile)
+    loaded = loaded or Load(pixels, channels * taps)
     wgmmas = CONSUMERS * (part.slice_channels // 64) * taps * (DEPTH // 16)
-    shared = wgmmas * 32 * (64 + part.slice_pixels) + part.stage_bytes
+    shared = wgmmas * 32 * (64 + part.slice_pixels) + part.stage_bytes // 2
+    loads = loaded.zeros + max(
+        ceil_div(loaded.bytes, L2_MOST), ceil_div(loaded.bytes * busy, L2_PER_CLOCK * sms)
+    )
+    ahead = pixels * DEPTH * 2 if taps > 1 else part.stage_bytes
     return Step(
         ceil_div(2 * pixels * channels * DEPTH * taps, FLOPS_PER_CLOCK),
         ceil_div(shared, SHARED_PER_CLOCK),
-        ceil_div(part.stage_bytes, L2_PER_CLOCK),
-        ceil_div(
-            LATENCY + ceil_div(pixels * DEPTH * 2 if taps > 1 else part.stage_bytes, L2_PER_CLOCK),
-            part.stages - 1,
-        ),
+        loads,
+        ceil_div(LATENCY + loads * ahead // part.stage_bytes, part.stages - 1),
     )
 
 
@@ -140,6 +172,7 @@ class Plan:
     channel_tiles: int
     steps: int
     cycles: int
+    step: Step  # of a block among as many as there are
 
     @property
     def tiles(self) -> int:
@@ -166,11 +199,16 @@ def plan_for(p: ConvProblem, index: int, split: int, sms: int = SMS) -> Plan | N
         pixel_tiles = ceil_div(p.n * depth * height * width, pixels)
     channel_tiles = ceil_div(p.k, channels)
     outputs = pixels * channels
-    each = TILE_OVERHEAD + ceil_div(steps, split) * step(tile).cycles + outputs // OUTPUTS_PER_CLOCK
+    ends = TILE_OVERHEAD + outputs // OUTPUTS_PER_CLOCK
     if split > 1:
-        each += ceil_div((1 + split) * outputs * 4, L2_PER_CLOCK)
-    cycles = ceil_div(pixel_tiles * channel_tiles * split, sms) * each
-    return Plan(index, split, pixel_tiles, channel_tiles, steps, cycles)
+        ends += JOIN + ceil_div((1 + split) * outputs * 4, JOIN_PER_CLOCK)
+    tiles, loaded = pixel_tiles * channel_tiles * split, load(p, tile, rows, channel_tiles)
+    cycles = 0
+    for count, busy in ((tiles // sms, sms), (1, tiles % sms)):  # the last wave has what the others leave
+        if count and busy:
+            cycles += count * (ends + ceil_div(steps, split) * step(tile, loaded, busy, sms).cycles)
+    first = step(tile, loaded, min(tiles, sms), sms)
+    return Plan(index, split, pixel_tiles, channel_tiles, steps, cycles, first)
 
 
 def plan(p: ConvProblem, sms: int = SMS) -> Plan:
@@ -198,19 +236,24 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """The least that memory sees, in a two-byte dtype: input, weights and residual read once, output written."""
+        """The least that memory sees, in a two-byte dtype: input, weights and residual read once, output written.
+
+        Planes and rows that a stride leaves out are not read; pixels of a row are, as L2 fetches 256 bytes at a time.
+        """
         p = self.problem
         c, k = 8 * ceil_div(p.c, 8), 8 * ceil_div(p.k, 8)
-        x = p.n * c * p.d * p.h * p.w
+        x = p.n * c * p.w
+        for axis, size in enumerate((p.d, p.h)):
+            x *= min(size, p.out_size[axis] * p.kernel[axis]) if p.kernel[axis] < p.stride[axis] else size
         y = p.n * k * p.out_size[0] * p.out_size[1] * p.out_size[2]
         weights = p.k * c * p.kernel[0] * p.kernel[1] * p.kernel[2]
         return 2 * (x + weights + y * (2 if p.residual else 1))
 
     @property
     def seconds(self) -> float:
-        """The slower of the kernel's clocks, at the clock of RATE, and memory."""
+        """The slower of the kernel's clocks and memory, and the start."""
         assert self.plan is not None
-        return max(self.plan.cycles * SMS * FLOPS_PER_CLOCK / RATE, self.bytes / COPY)
+        return CALL + max(self.plan.cycles / CLOCK, self.bytes / COPY)
 
     @property
     def share(self) -> float:
@@ -219,7 +262,7 @@ class Row:
     @property
     def limit(self) -> str:
         assert self.plan is not None
-        return "memory" if self.seconds == self.bytes / COPY else step(TILES[self.plan.tile]).limit
+        return "memory" if self.bytes / COPY > self.plan.cycles / CLOCK else self.plan.step.limit
 
 
 def rows(network: str, batch: int, sms: int = SMS) -> list[Row]:
@@ -306,7 +349,7 @@ def line(row: Row, sms: int = SMS) -> str:
     if row.plan is None:
         return start + "another kernel's"
     tile = TILES[row.plan.tile]
-    clocks, part = step(tile), layout(tile)
+    clocks, part = row.plan.step, layout(tile)
     wgmma = 32 * (64 + part.slice_pixels)  # bytes that one of 64 x N x 16 reads; it takes N / 2 clocks
     name = f"{tile[0]}x{tile[1]}" + (f" /{tile[2]}" if tile[2] > 1 else "")
     return start + (

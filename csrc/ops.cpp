@@ -659,11 +659,27 @@ int64_t rows_pitch(const Tensor& t) {
   return pitch % unit == 0 && pitch >= t.size(1) ? pitch : 0;
 }
 
+// torch::stable::empty looks its operator up by name at every call.
+Tensor uninitialized(const Ints& shape, const Ints& strides, ScalarType dtype, const Tensor& like) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               device_type, like.get_device(), &made));
+  return Tensor(made);
+}
+
 // [N, C, D, H, W] at the smallest pitch.
 Tensor empty_rows(const Ints& shape, const Tensor& like) {
   const int64_t unit = 16 / static_cast<int64_t>(like.element_size());
   Ints wide = shape;
   wide[1] = (shape[1] + unit - 1) / unit * unit;
+  if (like.is_cuda() && wide[1] == shape[1]) {
+    const int64_t w = shape[1], h = shape[4] * w, d = shape[3] * h, n = shape[2] * d;
+    return uninitialized(shape, {n, 1, d, h, w}, like.scalar_type(), like);
+  }
   Tensor rows = empty_channels_last(wide, like);
   return wide[1] == shape[1] ? rows : torch::stable::narrow(rows, 1, 0, shape[1]);
 }
@@ -1184,8 +1200,7 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   Tensor workspace = y;
   void* scratch = nullptr;
   if (plan.split > 1) {
-    workspace =
-        torch::stable::empty(Ints{plan.workspace_bytes()}, ScalarType::Byte, std::nullopt, x.device());
+    workspace = uninitialized({plan.workspace_bytes()}, {1}, ScalarType::Byte, x);
     scratch = workspace.mutable_data_ptr();
   }
   a.x = xl.const_data_ptr();

@@ -15,6 +15,8 @@
 #include "tensor_map.h"
 
 #include <cstdio>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace r3d::cuda {
@@ -403,11 +405,13 @@ const char* encode(Maps* maps, const ConvArgs& a, const Sm90Pitch& pitch, const 
   if (const char* error = encode(&maps->x, x)) return error;
   if (const char* error = encode(&maps->weight, weight)) return error;
   if (const char* error = encode(&maps->y, y)) return error;
-  if (a.residual) {  // a map of y stands in where there is none
-    y.base = a.residual;
-    y.size[0] = g.k;
-    y.stride[1] = 2 * pitch.residual;
+  if (!a.residual) {
+    maps->residual = maps->y;  // stands in
+    return nullptr;
   }
+  y.base = a.residual;
+  y.size[0] = g.k;
+  y.stride[1] = 2 * pitch.residual;
   return encode(&maps->residual, y);
 }
 
@@ -440,9 +444,11 @@ Sm90Params parameters(const ConvArgs& a, const float* scale, const Sm90Plan& pla
 
 template <class T, int kTile>
 const char* launch(const Maps& m, const Sm90Params& p, int grid, void* stream) {
-  if (const char* error = empty_here(conv3d_sm90_kernel<T, kTile>)) return error;
-  R3D_LAUNCH_SHARED((conv3d_sm90_kernel<T, kTile>), dim3(unsigned(grid)), dim3(kSm90Threads),
-                    sm90_layout(kSm90Tiles[kTile]).shared_bytes, stream, m.x, m.weight, m.residual, m.y, p);
+  constexpr int bytes = sm90_layout(kSm90Tiles[kTile]).shared_bytes;
+  static Devices ready;
+  if (const char* error = prepare(ready, conv3d_sm90_kernel<T, kTile>, bytes)) return error;
+  R3D_LAUNCH_SHARED((conv3d_sm90_kernel<T, kTile>), dim3(unsigned(grid)), dim3(kSm90Threads), bytes, stream,
+                    m.x, m.weight, m.residual, m.y, p);
   return launch_error();
 }
 
@@ -494,9 +500,33 @@ const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const floa
 
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles, int split) {
   const int sms = multiprocessors();
-  Sm90Plan none{};
-  none.tile = -1;
-  return sms == 0 ? none : sm90_plan(g, sms, tiles, split);
+  if (sms == 0) {
+    Sm90Plan none{};
+    none.tile = -1;
+    return none;
+  }
+  // A hundred estimates take microseconds, at every call the same ones: a network has some tens of
+  // geometries. By thread: no lock. Of more than kWays that share their places the later ones stay.
+  struct Entry {
+    ConvGeometry g;
+    unsigned tiles;
+    int split, sms;  // 0: empty
+    Sm90Plan plan;
+  };
+  constexpr int kSets = 32, kWays = 4;
+  static thread_local Entry entries[kSets][kWays];
+  static thread_local unsigned replaced;
+  static_assert(std::has_unique_object_representations_v<ConvGeometry>, "compared and hashed as bytes");
+  uint64_t words[sizeof g / 8], hash = uint64_t(tiles) << 32 | unsigned(sms * 32 + split);
+  std::memcpy(words, &g, sizeof g);
+  for (uint64_t word : words) hash = (hash ^ word) * 0x9e3779b97f4a7c15u, hash ^= hash >> 32;
+  Entry *e = entries[hash % kSets], *end = e + kWays;
+  for (; e < end && e->sms; e++)
+    if (e->sms == sms && e->tiles == tiles && e->split == split && !std::memcmp(&e->g, &g, sizeof g))
+      return e->plan;
+  if (e == end) e -= 1 + replaced++ % kWays;
+  *e = {g, tiles, split, sms, sm90_plan(g, sms, tiles, split)};
+  return e->plan;
 }
 
 }  // namespace r3d::cuda

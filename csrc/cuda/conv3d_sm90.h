@@ -145,27 +145,59 @@ struct Sm90Plan {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a tile is expected to take, in clocks of a multiprocessor; integers, so that every language agrees.
+// Fitted to benchmarks of an H100 SXM (132 multiprocessors, about 1.7 GHz under load): every tile on every
+// layer of R3D-18 at batch 8 and 32 that takes longer than its launch.
 constexpr int64_t kSm90FlopsPerClock = 4096;  // dense bf16, of one multiprocessor
 constexpr int64_t kSm90SharedPerClock = 128;  // bytes
-constexpr int64_t kSm90L2PerClock = 28;       // bytes, of one multiprocessor while all read
-constexpr int64_t kSm90Latency = 1200;        // of a load, before its first byte
-constexpr int64_t kSm90TileOverhead = 1200;   // filling the pipeline, barriers
-constexpr int64_t kSm90OutputsPerClock = 16;  // of the epilogue
-constexpr int64_t kSm90SmallestPart = 4;      // steps in a part of a split sum
+constexpr int64_t kSm90L2PerClock = 36;       // bytes, of one multiprocessor while all read
+constexpr int64_t kSm90L2Most = 48;           // where the others are idle
+constexpr int64_t kSm90PixelBytes = 128;      // of a row of 64 channels, that L2 is asked for
+constexpr int64_t kSm90WeightBytes = 72;  // the others read the same weights: L2 sends some once for several
+constexpr int64_t kSm90RowOutside = 10;   // TMA's zeros for a row of weights that is not there
+constexpr int64_t kSm90RowPartly = 4;     // and for the end of one with fewer than 64 channels
+constexpr int64_t kSm90Latency = 1400;    // of a load, before its first byte
+constexpr int64_t kSm90TileOverhead = 1000;   // filling the pipeline, barriers
+constexpr int64_t kSm90OutputsPerClock = 10;  // of the epilogue
+constexpr int64_t kSm90Join = 10000;  // of a part of a split sum: fences, its ticket, the last part's wait
+constexpr int64_t kSm90JoinPerClock = 64;  // bytes of parts, written and read again
+constexpr int64_t kSm90SmallestPart = 4;   // steps in a part of a split sum
 constexpr int kSm90Splits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
-// One step of 64 channels and `taps` taps, everything overlapping: the slowest of multiplying, shared memory,
-// L2, and the way of a stage from L2 while the others are read.
-inline int64_t sm90_step_cycles(const Sm90Tile& t) {
+// What an average step of 64 channels and `taps` taps loads.
+struct Sm90Load {
+  int64_t pixels, weights;  // rows of 64 channels that are there
+  int64_t zeros;            // clocks that TMA spends on what is not there
+
+  int64_t bytes() const { return kSm90PixelBytes * pixels + kSm90WeightBytes * weights; }
+};
+
+inline Sm90Load sm90_load(const ConvGeometry& g, const Sm90Tile& t, int rows, int channel_tiles) {
+  Sm90Load l{};
+  l.pixels = t.pixels;
+  if (t.taps > 1) l.pixels = sm90_layout(t).slices * rows * (g.out.w + (g.kernel.w - 1) * g.dilation.w);
+  l.weights = ceil_div(g.k * t.taps, channel_tiles);
+  l.zeros = kSm90RowOutside * (t.channels * t.taps - l.weights);
+  if (g.c % kSm90Depth)  // in the last step of every tap
+    l.zeros += kSm90RowPartly * (l.pixels + l.weights) / ceil_div(g.c, kSm90Depth);
+  return l;
+}
+
+// One step, everything overlapping: the slowest of multiplying, shared memory, the load, and the way of a
+// stage while the others are read. `busy` of the multiprocessors work.
+inline int64_t sm90_step_cycles(const Sm90Tile& t, const Sm90Load& load, int64_t busy,
+                                int64_t multiprocessors) {
   const Sm90Layout l = sm90_layout(t);
   const int64_t flops = int64_t(2) * t.pixels * t.channels * kSm90Depth * t.taps;
-  // each wgmma reads its 64 x 16 weights and its N x 16 pixels
+  // each wgmma reads its 64 x 16 weights and its N x 16 pixels; half of what is written gets in its way
   const int64_t wgmmas = int64_t(kSm90Consumers) * (l.slice_channels / 64) * t.taps * (kSm90Depth / 16);
-  const int64_t shared = wgmmas * 32 * (64 + l.slice_pixels) + l.stage_bytes;
-  int64_t most = ceil_div(flops, kSm90FlopsPerClock);
+  const int64_t shared = wgmmas * 32 * (64 + l.slice_pixels) + l.stage_bytes / 2;
+  const int64_t alone = ceil_div(load.bytes(), kSm90L2Most);
+  const int64_t among = ceil_div(load.bytes() * busy, kSm90L2PerClock * multiprocessors);
+  const int64_t loading = load.zeros + (alone > among ? alone : among);
   const int64_t ahead = t.taps > 1 ? l.pixel_bytes : l.stage_bytes;
-  const int64_t others[] = {ceil_div(shared, kSm90SharedPerClock), ceil_div(l.stage_bytes, kSm90L2PerClock),
-                            ceil_div(kSm90Latency + ceil_div(ahead, kSm90L2PerClock), l.stages - 1)};
+  int64_t most = ceil_div(flops, kSm90FlopsPerClock);
+  const int64_t others[] = {ceil_div(shared, kSm90SharedPerClock), loading,
+                            ceil_div(kSm90Latency + loading * ahead / l.stage_bytes, l.stages - 1)};
   for (int64_t c : others) most = c > most ? c : most;
   return most;
 }
@@ -190,11 +222,16 @@ inline Sm90Plan sm90_plan_for(const ConvGeometry& g, int tile, int split, int mu
     p.partial = tiles * split * outputs;
     p.tickets = tiles * kSm90Consumers;
   }
-  int64_t each =
-      kSm90TileOverhead + ceil_div(p.steps, split) * sm90_step_cycles(t) + outputs / kSm90OutputsPerClock;
+  int64_t ends = kSm90TileOverhead + outputs / kSm90OutputsPerClock;
   // a part is written, and the last one to finish reads all of them
-  if (split > 1) each += ceil_div((1 + split) * outputs * 4, kSm90L2PerClock);
-  p.cycles = ceil_div(tiles * split, multiprocessors) * each;
+  if (split > 1) ends += kSm90Join + ceil_div((1 + split) * outputs * 4, kSm90JoinPerClock);
+  const Sm90Load load = sm90_load(g, t, p.rows, p.channel_tiles);
+  const auto wave = [&](int64_t busy) {
+    return ends + ceil_div(p.steps, split) * sm90_step_cycles(t, load, busy, multiprocessors);
+  };
+  // the last wave has what the others leave
+  const int64_t full = tiles * split / multiprocessors, rest = tiles * split % multiprocessors;
+  p.cycles = (full ? full * wave(multiprocessors) : 0) + (rest ? wave(rest) : 0);
   return p;
 }
 
@@ -241,7 +278,7 @@ R3D_HOST_DEVICE inline Sm90Place sm90_place(int index, int pixel_tiles, int chan
 const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
                         const Sm90Plan& plan, void* workspace, void* stream);
 
-// sm90_plan for the current device.
+// sm90_plan for the current device; remembered for the geometries that the calling thread met last.
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles = ~0u, int split = 0);
 
 }  // namespace r3d::cuda

@@ -10,6 +10,7 @@
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdio>
 
 #include "ptx.cuh"
@@ -59,9 +60,12 @@ inline const char* launch_error() {
 
 // Multiprocessors of the current device; 0 with the error still set where there is none.
 inline int multiprocessors() {
+  static std::atomic<int> known[64];
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < 64 && (count = known[device].load(std::memory_order_relaxed))) return count;
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  if (device < 64) known[device].store(count, std::memory_order_relaxed);
   return count;
 }
 

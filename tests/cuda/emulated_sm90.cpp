@@ -122,6 +122,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", [](std::array<int64_t, 18> v, int multiprocessors) {
     return described(sm90_plan(geometry(v), multiprocessors));
   });
+  // What the call itself uses, for as many multiprocessors as were configured.
+  m.def("remembered_plan", [](std::array<int64_t, 18> v, unsigned tiles, int split) {
+    return described(conv3d_sm90_plan(geometry(v), tiles, split));
+  });
+  m.def("chosen_plan", [](std::array<int64_t, 18> v, unsigned tiles, int split) {
+    return described(sm90_plan(geometry(v), multiprocessors(), tiles, split));
+  });
   m.def("plan_for", [](std::array<int64_t, 18> v, int tile, int split, int multiprocessors) {
     return described(sm90_plan_for(geometry(v), tile, split, multiprocessors));
   });
@@ -133,7 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       d["pixels"] = t.pixels, d["channels"] = t.channels, d["taps"] = t.taps, d["stages"] = l.stages;
       d["weight_stages"] = l.weight_stages;
       d["shared_bytes"] = l.shared_bytes, d["stage_bytes"] = l.stage_bytes,
-      d["step_cycles"] = sm90_step_cycles(t);
+      d["step_cycles"] = sm90_step_cycles(t, {t.pixels, t.channels * t.taps, 0}, 1, 1);
       tiles.append(d);
     }
     return tiles;

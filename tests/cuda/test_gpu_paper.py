@@ -2,6 +2,7 @@
 
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_rings_are_deep_enough_for_the_latency_of_a_load():
     assert (wide.stages, wide.weight_stages) == (3, 4)
     large = gpu_paper.layout((480, 64, 3))
     assert (large.stages, large.weight_stages) == (2, 5)
-    assert [tile for tile in TILES if gpu_paper.step(tile).limit == "latency"] == [(480, 64, 3)]
+    waits = [tile for tile in TILES if gpu_paper.step(tile).limit == "latency"]
+    assert [tile for tile in waits if tile[2] > 1] == [(480, 64, 3)]
     joint = gpu_paper.SHARED - (wide.shared_bytes - 3 * 240 * 128 - 4 * 128 * 128)
     assert joint // wide.stage_bytes == 2
 
@@ -82,6 +84,57 @@ def test_every_tile_and_split_has_the_kernels_estimate(emulated_sm90):
                 assert (compiled["tile"] < 0) == (paper is None)
                 if paper is not None:
                     assert compiled["cycles"] == paper.cycles
+
+
+# What an H100 SXM measured: layers that take longer than their launch, and the tiles within 6 % of the fastest.
+MEASURED = {
+    "n32c64d16h56w56k64f3s1p1": ["352x64x3", "480x64x3"],
+    "n32c64d16h56w56k128f3s2p1": ["256x128x1", "128x128x1", "256x64x1"],
+    "n32c128d8h28w28k128f3s1p1": ["480x64x3", "240x128x3"],
+    "n32c128d8h28w28k256f3s2p1": ["128x128x1", "64x256x1"],
+    "n32c256d4h14w14k256f3s1p1": ["240x128x3", "480x64x3", "64x256x1"],
+    "n32c256d4h14w14k512f3s2p1": ["128x128x1"],
+    "n32c512d2h7w7k512f3s1p1": ["128x128x1"],
+    "n8c64d16h56w56k64f3s1p1": ["480x64x3", "352x64x3"],
+    "n8c64d16h56w56k128f3s2p1": ["128x128x1", "256x64x1"],
+    "n8c128d8h28w28k128f3s1p1": ["240x128x3", "480x64x3"],
+    "n8c256d4h14w14k256f3s1p1": ["128x128x1", "240x128x3", "480x64x3"],
+    "n8c512d2h7w7k512f3s1p1": ["352x64x3", "64x256x1", "128x64x3"],
+}
+
+
+def test_choices_are_those_that_were_measured_to_be_fast():
+    for text, fast in MEASURED.items():
+        found = gpu_paper.plan(ConvProblem.parse(text))
+        assert "x".join(map(str, TILES[found.tile])) in fast, text
+
+
+def test_the_sums_of_one_clip_are_split_where_whole_ones_would_leave_the_gpu_idle():
+    tiles = {
+        row.problem.in_shape[1]: row.plan.tiles
+        for row in gpu_paper.rows("r3d_18", 1)
+        if row.problem.kernel == (3, 3, 3) and row.problem.stride == (1, 1, 1) and row.plan is not None
+    }
+    assert sorted(tiles) == [64, 128, 256, 512]
+    assert min(tiles.values()) >= 90  # of 132
+
+
+def test_plans_are_remembered(emulated_sm90):
+    """As many geometries as share places, twice, and by threads at once: always the plan of these very arguments."""
+    problems = [geometry(p) for p in random_problems(300)]
+
+    def differing(seed):
+        rng = random.Random(seed)
+        asked = [(p, rng.choice([-1 % 2**32, 1 << 12, 0x1F00]), rng.choice([0, 1, 2])) for p in problems]
+        return [a for a in asked * 2 if emulated_sm90.remembered_plan(*a) != emulated_sm90.chosen_plan(*a)]
+
+    try:
+        for sms in (2, 132):
+            emulated_sm90.configure(multiprocessors=sms)
+            with ThreadPoolExecutor(3) as pool:
+                assert not any(pool.map(differing, range(3)))
+    finally:
+        emulated_sm90.configure()
 
 
 def test_rows_add_up():
@@ -135,7 +188,7 @@ def test_a_stem_with_its_max_pool_in_one_kernel_does_not_pay():
             pool = gpu_paper.fused_pool(network, batch)
             assert 1 <= pool.recomputed < 2
             assert pool.separate < pool.network
-            assert -0.05 < pool.gain < 0.03  # the pass of its own stays
+            assert -0.05 < pool.gain < 0.05  # the pass of its own stays
     assert gpu_paper.fused_pool("r3d_18", 8) is None
 
 

@@ -199,7 +199,7 @@ def test_the_choice_reaches_python():
 
 
 def test_tiles_that_may_be_faster_than_predicted_are_measured(hopper, monkeypatch):
-    """What decides between tiles on paper is L2's rate, which nobody promises: the close ones compete."""
+    """Estimates are known to a tenth or so: the close ones compete."""
     monkeypatch.setattr(_extension, "multiprocessors", lambda index: 132)
     monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
     kernels = [k for k in backends.KERNELS if isinstance(k, Sm90Cuda)]

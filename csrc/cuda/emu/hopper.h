@@ -546,8 +546,10 @@ inline void store_transposed(void* row, const uint32_t (&r)[4]) {
 
 namespace r3d::cuda {
 
+struct Devices {};
+
 template <class Kernel>
-const char* empty_here(Kernel) {
+const char* prepare(Devices&, Kernel, int) {
   return nullptr;
 }
 

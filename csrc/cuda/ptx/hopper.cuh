@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "../element.cuh"
@@ -21,24 +22,34 @@ inline const char* clear(void* p, size_t bytes, void* stream) {
   return error == cudaSuccess ? nullptr : launch_error();
 }
 
-// Null where the kernel's code for this GPU is there. For any other it is compiled as an empty function, of a
-// handful of registers, and would run without an error.
+// Those of the first 64 that a kernel is ready on.
+using Devices = std::atomic<uint64_t>;
+
+// Once for each kernel and device, as the runtime takes microseconds to answer: null where the kernel's code
+// for this GPU is there and may have `bytes` of shared memory. For any other GPU it is compiled as an empty
+// function, of a handful of registers, and would run without an error.
 template <class... Parameters>
-const char* empty_here(void (*kernel)(Parameters...)) {
+const char* prepare(Devices& ready, void (*kernel)(Parameters...), int bytes) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return launch_error();
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (ready.load(std::memory_order_relaxed) & bit) return nullptr;
   cudaFuncAttributes attributes{};
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return launch_error();
-  return attributes.numRegs < 64
-             ? "was not compiled for this GPU, which must be of compute capability 9.0 (9.0a in "
-               "TORCH_CUDA_ARCH_LIST)"
-             : nullptr;
+  if (attributes.numRegs < 64)
+    return "was not compiled for this GPU, which must be of compute capability 9.0 (9.0a in "
+           "TORCH_CUDA_ARCH_LIST)";
+  // beyond 48 KiB only where it is asked for
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+    return launch_error();
+  ready.fetch_or(bit, std::memory_order_relaxed);
+  return nullptr;
 }
 
-// An error stays in the runtime for launch_error() to find.
+// Of a kernel that is ready. An error stays in the runtime for launch_error() to find.
 template <class... Parameters, class... Arguments>
 void launch_with_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes, void* stream,
                         const Arguments&... arguments) {
-  // beyond 48 KiB only where it is asked for
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return;
   kernel<<<grid, block, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
