@@ -1142,8 +1142,7 @@ Tensor conv3d_sm90_stem_cuda(Tensor x, std::optional<Tensor> clip_scale, std::op
   R3D_CHECK(sms > 0, "x: the CUDA runtime finds no device ", x.get_device());
   const cuda::StemPlan plan = cuda::stem_plan(a.g, sms, int(kind));
   R3D_CHECK(plan.stages, "kind: ", kind, " leaves no room in shared memory: ", geometry_text(a.g));
-  Tensor workspace =
-      torch::stable::empty(Ints{plan.workspace_bytes()}, ScalarType::Byte, std::nullopt, x.device());
+  Tensor workspace = uninitialized({plan.workspace_bytes()}, {1}, ScalarType::Byte, x);
   a.weight = packed.const_data_ptr();
   a.y = y.mutable_data_ptr();
   const cuda::StemSource source{x.const_data_ptr(),

@@ -207,6 +207,46 @@ class CudnnBnAct:
         return torch.ops.r3d_kernels.bn_act(y, scale, shift, residual, p.activation or "none")
 
 
+class CudnnFused:
+    """cuDNN's own convolution + bias + residual + ReLU, batch norm folded into weights and bias.
+
+    Folded weights are rounded once more than those of our kernels, less often than the stock layers' activations.
+    """
+
+    name = "cuDNN fused"
+    backend = "cuda"
+    private = True  # has been wrong or missing in releases (pytorch#62926, #163539): tried once
+    compared = True  # and held against the stock layers then
+
+    def can_run(self, request: Request) -> str | None:
+        p = request.problem
+        if request.device.type != "cuda":
+            return f"needs a CUDA tensor, got {request.device.type}"
+        if torch.version.hip is not None or not hasattr(torch, "cudnn_convolution_add_relu"):
+            return "this torch has no fused convolution of cuDNN's"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"has bfloat16 and float16 only, got {request.dtype}"
+        if p.activation != "relu":
+            return "always ends in a ReLU"
+        return None
+
+    def pack_key(self, request: Request) -> Hashable:
+        return request.dtype
+
+    def pack(self, layer: Layer, request: Request) -> Any:
+        return channels_last(layer.folded_weight(request.dtype)), layer.shift.to(request.dtype)
+
+    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
+        p = request.problem
+        geometry = (p.stride, p.padding, p.dilation, p.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(channels_last(x), *pack, *geometry)
+        weight, shift = pack
+        return torch.cudnn_convolution_add_relu(
+            channels_last(x), weight, channels_last(residual), 1.0, shift, *geometry
+        )
+
+
 class Stock:
     """torch's own layers, one after the other; takes everything that torch takes."""
 
@@ -258,6 +298,7 @@ KERNELS: list[Kernel] = [
     *map(Sm90Cuda, range(len(SM90_TILES))),
     Sm90Stem(),
     CudnnBnAct(),
+    CudnnFused(),
     *map(TensorCoreSm80, (None, *TILES)),
     TritonConv3d(),
     Stock(),

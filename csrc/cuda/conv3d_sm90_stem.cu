@@ -357,7 +357,9 @@ Params parameters(const ConvArgs& a, const StemLayout& l, const float* scale, co
 
 template <class T, int kKind>
 const char* launch(const TensorMap& y, const Params& p, const StemPlan& plan, void* stream) {
-  if (const char* error = empty_here(conv3d_sm90_stem_kernel<T, kKind>)) return error;
+  static Devices ready;
+  // of any geometry: the attribute is set once
+  if (const char* error = prepare(ready, conv3d_sm90_stem_kernel<T, kKind>, kSm90Shared)) return error;
   R3D_LAUNCH_SHARED((conv3d_sm90_stem_kernel<T, kKind>), dim3(unsigned(plan.grid)), dim3(kSm90Threads),
                     plan.shared_bytes, stream, y, p);
   return launch_error();
