@@ -265,6 +265,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
+  hopper::let_next_begin();
+  hopper::wait_for_earlier();
   if (warp < 4) {
     hopper::give_registers<kCopyRegisters>();
     if (warp == 0 && hopper::elect_one()) load_tiles(k, p);

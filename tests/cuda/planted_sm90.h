@@ -28,6 +28,7 @@ enum Bug : int {
   kNoNamedBarrier,         // a flag is read before it is written
   kBarrierOverwritten,     // a load that is too long runs into the barriers
   kTicketTooEarly,         // a ticket speaks for threads that have not met yet
+  kNoWaitForEarlier,       // the kernel in front of this one may still write what is read
   kBugs
 };
 
@@ -55,6 +56,7 @@ __global__ void pipeline(const __grid_constant__ TensorMap a, const __grid_const
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
+  if (bug != kNoWaitForEarlier) hopper::wait_for_earlier();
 
   if (warp == 4) {
     if (!hopper::elect_one()) return;

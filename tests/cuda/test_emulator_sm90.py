@@ -23,8 +23,10 @@ BUGS = (
     "no named barrier",
     "barrier overwritten",
     "ticket too early",
+    "no wait for earlier kernels",
 )
 MESSAGES = {
+    "no wait for earlier kernels": "global memory is used before wait_for_earlier",
     "no product fence": "wgmma without wgmma_fence",
     "too many bytes": "deadlock, .* waiting for an event",
     "too many arrivals": "more arrivals",

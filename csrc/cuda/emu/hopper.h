@@ -103,9 +103,18 @@ class Hopper : public Engine {
     Machine::get().wait_for([&] { return int(at(bar).phase & 1) != parity; });
   }
 
+  // ---- kernels in front of this one, which may not have ended when it begins
+
+  void wait_for_earlier() { waited_[Machine::get().thread()] = true; }
+
+  void check_waited() const {
+    if (!waited_[Machine::get().thread()]) fail("global memory is used before wait_for_earlier");
+  }
+
   // ---- copies
 
   void load(void* to, const TensorMap& map, uint64_t* bar, std::vector<int> at, std::vector<int> offsets) {
+    check_waited();
     if (offset_of(to) % 128) fail("TMA wants a shared address of a multiple of 128 bytes");
     this->at(bar);
     int64_t bytes = 2;
@@ -122,6 +131,7 @@ class Hopper : public Engine {
   }
 
   void load_run(void* to, const void* from, int bytes, uint64_t* bar) {
+    check_waited();
     const size_t start = offset_of(to);
     if (start % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
       fail("a bulk copy wants addresses and a size of multiples of 16 bytes");
@@ -138,6 +148,7 @@ class Hopper : public Engine {
   }
 
   void store(const TensorMap& map, const void* from, std::vector<int> at) {
+    check_waited();
     if (offset_of(from) % 128) fail("TMA wants a shared address of a multiple of 128 bytes");
     start_copy({Machine::get().thread(), true, [=, this_ = this] {
                   this_->tiled(static_cast<char*>(const_cast<void*>(from)), map, at, true);
@@ -232,6 +243,7 @@ class Hopper : public Engine {
 
   // Each ticket has a barrier before it and one behind it.
   void take_ticket() {
+    check_waited();
     int* first = met_.data() + Machine::get().thread() / 128 * 128;
     for (int i = 0; i < 128; i++) {
       if (first[i] < 2) fail("a ticket is taken before all threads of the warpgroup have met");
@@ -246,6 +258,7 @@ class Hopper : public Engine {
     copies_.clear();
     products_.assign(1024, {});
     met_.assign(1024, 1);
+    waited_.assign(1024, false);
     for (Named& b : named_) b = {};
     base_ = nullptr;
   }
@@ -389,6 +402,7 @@ class Hopper : public Engine {
   std::map<uint64_t*, Barrier> barriers_;
   std::vector<Copy> copies_;
   std::vector<Products> products_;
+  std::vector<bool> waited_;
   std::vector<int> met_;  // for each thread: barriers since its last ticket, and one
   std::vector<int>
       unfenced_;  // for each 16 bytes of shared memory: the thread whose write is not fenced, or -1
@@ -428,6 +442,8 @@ inline void require_swizzle_alignment(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 1024)
     throw std::runtime_error("shared memory does not begin at 1024 bytes");
 }
+inline void wait_for_earlier() { emu::Hopper::get().wait_for_earlier(); }
+inline void let_next_begin() {}
 inline bool elect_one() { return emu::Machine::get().lane() == 0; }
 
 template <int N>

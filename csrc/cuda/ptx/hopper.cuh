@@ -46,11 +46,24 @@ const char* prepare(Devices& ready, void (*kernel)(Parameters...), int bytes) {
   return nullptr;
 }
 
-// Of a kernel that is ready. An error stays in the runtime for launch_error() to find.
+// Of a kernel that is ready and that begins with wait_for_earlier(): it may be launched before the kernel in
+// front of it has ended, which hides what a launch takes. Drivers before CUDA 12.3 cannot put that into a
+// graph. An error stays in the runtime for launch_error() to find.
 template <class... Parameters, class... Arguments>
 void launch_with_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes, void* stream,
                         const Arguments&... arguments) {
-  kernel<<<grid, block, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(arguments...);
+  static const bool early = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = size_t(bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = early;
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 namespace hopper {
@@ -63,6 +76,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ void require_swizzle_alignment(const void* p) {
   if (shared_address(p) % 1024) __trap();
 }
+
+// Until the kernels in front of this one in its stream have ended and all that they wrote is there: before
+// the first access to memory that another kernel may have written, or may still read.
+__device__ __forceinline__ void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel in the stream may be launched as soon as all blocks of this one have said so.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" :::); }
 
 // One lane of a converged warp, the same for the whole kernel.
 __device__ __forceinline__ bool elect_one() {
