@@ -61,10 +61,12 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with '+dirty' where files differ from it.
+    """The checkout's commit, with '+dirty' where files differ from it; None outside a checkout.
 
-    Outside a checkout, as in a copy on another machine, what R3D_KERNELS_COMMIT says, or None.
+    R3D_KERNELS_COMMIT says it of a copy on another machine.
     """
+    if told := os.environ.get("R3D_KERNELS_COMMIT"):
+        return told
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -74,7 +76,7 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("R3D_KERNELS_COMMIT") or None
+        return None
 
 
 def command() -> str:

@@ -1,10 +1,11 @@
-"""Writes the measured tables of README.md from the JSON of compare.py and accuracy.py.
+"""Writes the measured tables of README.md from the JSON of compare.py, accuracy.py and gpu_report.py.
 
     python benchmarks/tables.py            # rewrites the blocks of README.md
     python benchmarks/tables.py --check    # exit code 1 if that would change anything
 
 A block begins with `<!-- table: KIND FILE... -->` and ends with `<!-- end table -->`; files are in benchmarks/results.
-Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems.
+Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems; of
+a GPU's report gpu (networks), gpu_layers, gpu_stems, gpu_floors.
 """
 
 from __future__ import annotations
@@ -171,7 +172,104 @@ def _algorithm(name: str) -> str:
     return f"{kind} F({','.join(numbers.replace(',', ''))}){rest.replace(' slices', ' slices of bf16')}"
 
 
+# ---- gpu_report.py ----
+
+GPU_ENGINES = {
+    "stock": "cuDNN eager",
+    "compile": "torch.compile",
+    "max-autotune": "max-autotune",
+}
+
+
+def sections(report: dict[str, Any], holds: str) -> list[Row]:
+    """The data of the sections that have measured something of this name."""
+    return [s["data"] for s in report["sections"] if s["status"] == "measured" and holds in s["data"]]
+
+
+def gpu_source(report: dict[str, Any]) -> str:
+    (here,) = sections(report, "gpu")
+    cudnn = here["cudnn"]  # 91900: 9.19.0
+    cudnn = f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    return f"\n\n- {here['gpu']}, CUDA {here['cuda']}, {cudnn}, driver {here['driver']}. {source(report)}\n\n"
+
+
+def gpu(names: list[str]) -> str:
+    """Networks; an engine's ratio is of the run in which it was timed beside the fused network."""
+    (report,) = load(names)
+    found: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for data in sections(report, "engines"):
+        engines = found.setdefault((data["network"], data["batch"], data["dtype"]), {})
+        for name, row in data["engines"].items():
+            engines.setdefault(name, row)
+    rows = []
+    for (network, batch, dtype), engines in found.items():
+        cells = [
+            f"{e['median_ms']:.2f} ms ({e['fused_is_faster']:.2f}x)" if (e := engines.get(name)) else "-"
+            for name in GPU_ENGINES
+        ]
+        fused = engines["fused"]
+        memory = " / ".join(f"{engines[e]['forward_adds_mib']:.0f}" for e in ("stock", "fused"))
+        ours = [f"**{fused['median_ms']:.2f} ms**", f"{fused['clips_per_s']:,.0f}"]
+        rows.append(
+            [f"`{network}`", str(batch), dtype, *cells, *ours, f"{memory} MiB", f"{fused['error']:.1e}"]
+        )
+    head = ["network", "batch", "dtype", *GPU_ENGINES.values(), "**r3d_kernels**", "clips/s"]
+    return gpu_source(report) + table([*head, "a pass adds, stock / ours", "its error"], rows)
+
+
+def gpu_layers(names: list[str]) -> str:
+    """The layers of each network that the Hopper convolution takes."""
+    (report,) = load(names)
+    rows: dict[str, list[str]] = {}
+    for data in sections(report, "matmul_tflop_per_s"):
+        for row in data.get("layers", []):
+            ours, theirs = row["ours_us"], row["cudnn_fused_us"]
+            rows[row["problem"]] = [
+                f"`{row['problem']}`",
+                f"{row['stock_us']:.0f} us ({row['ours_is_faster']:.2f}x)",
+                "-" if isinstance(theirs, str) else f"{theirs:.0f} us ({theirs / ours:.2f}x)",
+                f"**{ours:.0f} us**",
+                f"{row['tflop_per_s']:.0f}",
+                f"{row['share_of_matmul']:.0%}",
+            ]
+    head = ["layer", "cuDNN + batch norm + add + ReLU", "cuDNN's fused", "**r3d_kernels**", "TFLOP/s"]
+    return gpu_source(report) + table([*head, "of a matrix product"], rows.values())
+
+
+def gpu_stems(names: list[str]) -> str:
+    (report,) = load(names)
+    rows = []
+    for data in sections(report, "stems"):
+        for row in data["stems"]:
+            us = row["us"]
+            ours = us["wgmma stem"]
+            others = (us["stock"], min(v for k, v in us.items() if k.startswith("sm80")))
+            cells = [f"{other:.0f} us ({other / ours:.2f}x)" for other in others]
+            name = f"{row['stem']}: `{row['problem']}`"
+            rows.append([name, *cells, f"**{ours:.0f} us**", f"{row['share_of_matmul']:.0%}"])
+    head = ["stem", "cuDNN + batch norm + ReLU", "ours for 8.0", "**ours for Hopper**", "of a matrix product"]
+    return gpu_source(report) + table(head, rows)
+
+
+def gpu_floors(names: list[str]) -> str:
+    (report,) = load(names)
+    rows = [
+        [
+            row["what"],
+            f"{row['at_least']:,}",
+            str(row["value"]),
+            {True: "yes", False: "no"}.get(row["holds"], "-"),
+        ]
+        for row in report["floors"]
+    ]
+    return gpu_source(report) + table(["what", "at least", "measured", "holds"], rows)
+
+
 KINDS = {
+    "gpu": gpu,
+    "gpu_layers": gpu_layers,
+    "gpu_stems": gpu_stems,
+    "gpu_floors": gpu_floors,
     "peers": peers,
     "openvino": openvino,
     "stock": stock,

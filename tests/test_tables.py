@@ -95,3 +95,67 @@ def test_check_says_when_it_is_out_of_date(tmp_path, monkeypatch, report, capsys
     monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
     assert tables.main() == 0
     assert [p.name for p in tmp_path.iterdir() if "new" in p.name] == []
+
+
+def gpu_report(report) -> str:
+    def section(name: str, **data) -> dict:
+        return {"name": name, "status": "measured", "data": data}
+
+    def engine(ms: float, by: float) -> dict:
+        return {
+            "median_ms": ms,
+            "clips_per_s": 1234.5,
+            "error": 5e-3,
+            "forward_adds_mib": 7.9,
+            "fused_is_faster": by,
+        }
+
+    layer = {
+        "problem": "n1c8d1h1w1k8f1",
+        "stock_us": 30.4,
+        "ours_us": 10.2,
+        "ours_is_faster": 2.98,
+        "cudnn_fused_us": 20.4,
+        "tflop_per_s": 99.6,
+        "share_of_matmul": 0.123,
+    }
+    case = {"network": "net", "batch": 8, "dtype": "bf16"}
+    stem = {
+        "stem": "a",
+        "problem": "p",
+        "us": {"wgmma stem": 10.0, "sm80": 30.0, "sm80 64x64": 25.0, "stock": 99.0},
+    }
+    return report(
+        sections=[
+            section("environment", gpu="NVIDIA X", cuda="13.0", cudnn=91902, driver="580.1"),
+            section("one", **case, engines={"stock": engine(4, 2), "fused": engine(2, 1)}),
+            section("two", **case, engines={"compile": engine(3, 1.25), "fused": engine(2.4, 1)}),
+            section(
+                "speed",
+                matmul_tflop_per_s=800.0,
+                layers=[layer, {**layer, "problem": "other", "cudnn_fused_us": "not measured"}],
+            ),
+            section("stems", stems=[{**stem, "share_of_matmul": 0.4}]),
+            {"name": "broken", "status": "failed", "reason": "x"},
+        ],
+        floors=[
+            {"what": "speed", "at_least": 1.5, "value": 2.0, "holds": True},
+            {"what": "more", "at_least": 9, "value": "not measured", "holds": "not measured"},
+        ],
+    )
+
+
+def test_gpu(report) -> None:
+    name = gpu_report(report)
+    kinds = ("gpu", "gpu_layers", "gpu_stems", "gpu_floors")
+    text = tables.rewritten("".join(f"<!-- table: {k} {name} -->\n<!-- end table -->\n" for k in kinds))
+    assert text.count("NVIDIA X, CUDA 13.0, cuDNN 9.19.2, driver 580.1.") == 4
+    assert (
+        "| `net` | 8 | bf16 | 4.00 ms (2.00x) | 3.00 ms (1.25x) | - | **2.00 ms** | 1,234 | 8 / 8 MiB | 5.0e-03 |"
+        in text
+    )
+    assert "| `n1c8d1h1w1k8f1` | 30 us (2.98x) | 20 us (2.00x) | **10 us** | 100 | 12% |" in text
+    assert "| `other` | 30 us (2.98x) | - |" in text
+    assert "| a: `p` | 99 us (9.90x) | 25 us (2.50x) | **10 us** | 40% |" in text
+    assert "| speed | 1.5 | 2.0 | yes |" in text
+    assert "| more | 9 | not measured | - |" in text
