@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable
 from contextvars import ContextVar, Token
@@ -33,7 +32,9 @@ from r3d_kernels._kernel import (
     describe,
     fp32_mode,
     memory_mode,
+    one_pass,
     settings,
+    switch,
     work,
 )
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
@@ -57,6 +58,7 @@ __all__ = [
     "describe",
     "explain",
     "fp32_mode",
+    "one_pass",
     "prepare",
     "settings",
     "synchronize",
@@ -110,7 +112,7 @@ def current_backend() -> str:
     """The backend asked for here and now: "auto" unless a `backend` block or R3D_KERNELS_BACKEND says otherwise."""
     name = _forced.get()
     if name is None:
-        name = os.environ.get("R3D_KERNELS_BACKEND") or "auto"
+        name = switch("R3D_KERNELS_BACKEND") or "auto"
         if name not in NAMES:
             _checked(name, "R3D_KERNELS_BACKEND")
     return name

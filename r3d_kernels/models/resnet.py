@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r3d_kernels.backends import one_pass
 from r3d_kernels.graphs import GraphedModel
 from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
 from r3d_kernels.ops.clip import channel_values
@@ -330,7 +331,8 @@ class ShortcutA(nn.Module):
 def _halves(conv: nn.Conv3d | Conv2Plus1D, bn: nn.BatchNorm3d) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
     """A pair as it is, or a factored convolution as the two pairs that it consists of."""
     if isinstance(conv, Conv2Plus1D):
-        return [(conv[0], conv[1]), (conv[3], bn)]
+        first, between, _, second = conv._modules.values()
+        return [(first, between), (second, bn)]
     return [(conv, bn)]
 
 
@@ -373,10 +375,14 @@ class _Block(nn.Module):
 
     def pair(self, index: int) -> tuple[nn.Conv3d | Conv2Plus1D, nn.BatchNorm3d]:
         """Convolution `index` (from 1) and the batch norm behind it."""
-        conv = getattr(self, f"conv{index}")
+        modules = (
+            self._modules
+        )  # read directly, also of a sequence: forward comes here, and indices take microseconds
+        conv = modules[f"conv{index}"]
         if isinstance(conv, nn.Sequential):
-            return conv[0], conv[1]
-        return conv, getattr(self, f"bn{index}")
+            conv, bn, *_ = conv._modules.values()
+            return conv, bn
+        return conv, modules[f"bn{index}"]
 
     def _steps(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
         """Every convolution with its batch norm, in the order in which they run."""
@@ -389,20 +395,20 @@ class _Block(nn.Module):
         down = self.downsample
         if down is None:
             return x
-        if isinstance(down, nn.Sequential) and len(down) == 2:
-            conv, bn = down
+        if isinstance(down, nn.Sequential) and len(down._modules) == 2:
+            conv, bn = down._modules.values()
             if isinstance(conv, nn.Conv3d) and isinstance(bn, nn.BatchNorm3d):
                 return conv_bn_act(x, conv, bn, activation=None, fused=self.fused)
         return down(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        *first, last = self._steps()
+        y, fused = x, self.fused
+        *first, (conv, bn) = self._steps()
         for step in first:
-            y = conv_bn_act(y, *step, fused=self.fused)
+            y = conv_bn_act(y, *step, fused=fused)
         # The shortcut comes late, so that its result does not live through the whole block.
         residual = self._shortcut(x)
-        return conv_bn_act(y, *last, residual=residual, fused=self.fused)
+        return conv_bn_act(y, conv, bn, residual=residual, fused=fused)
 
 
 class BasicBlock(_Block):
@@ -795,6 +801,12 @@ class _ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map behind layer4, ``[N, num_features, D', H', W']``; arguments, errors as :meth:`forward`."""
+        if torch.compiler.is_compiling():
+            return self._forward_features(x)
+        with one_pass():
+            return self._forward_features(x)
+
+    def _forward_features(self, x: Tensor) -> Tensor:
         x = self._run_stem(x)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, where nobody can tell: a call of the layer keeps its input alive to the end.
