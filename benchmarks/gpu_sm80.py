@@ -16,7 +16,7 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from gpu_common import gpu_seconds, require_op, roofline
+from gpu_common import gpu_seconds, require_op, roofline, timed
 from gpu_networks import placed, quick
 from gpu_sections import Failed, NotHere, Section, progress
 from torch import Tensor
@@ -223,13 +223,15 @@ def layer_speed(batch: int) -> dict[str, Any]:
             calls = {k: problem.call(k) for k in (*KERNELS, "cuDNN + bn_act", "stock")}
             if isinstance(calls["sm80"], str):
                 raise NotHere(f"sm80: {calls['sm80']}")
-            seconds = gpu_seconds({k: c for k, c in calls.items() if not isinstance(c, str)}, rounds=9)
+            able = {k: c for k, c in calls.items() if not isinstance(c, str)}
+            seconds = gpu_seconds(able, rounds=9, graphs=True)
             tflops = 2 * problem.p.macs / seconds["sm80"] / 1e12
             rows.append(
                 {
                     "layer": name,
                     "problem": str(problem.p),
                     "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+                    "timed": timed(seconds),
                     "tflop_per_s": round(tflops, 1),
                     "share_of_matmul": round(tflops / rate, 3),
                 }
