@@ -388,7 +388,11 @@ class _Block(nn.Module):
         """Every convolution with its batch norm, in the order in which they run."""
         steps: list[tuple[nn.Conv3d, nn.BatchNorm3d]] = []
         for index in range(1, self.n_convs + 1):
-            steps += _halves(*self.pair(index))
+            conv, bn = self.pair(index)
+            if isinstance(conv, Conv2Plus1D):
+                steps += _halves(conv, bn)
+            else:
+                steps.append((conv, bn))
         return steps
 
     def _shortcut(self, x: Tensor) -> Tensor:
