@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +84,25 @@ def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
 def _window_count(size: int, kernel: int, stride: int, padding: int) -> int:
     """How many places a window of `kernel` has on an axis."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+def _sizes(
+    size: tuple[int, ...], stem: Stem, strides: tuple[int, ...], convolutions: tuple[str, ...]
+) -> list[tuple[int, ...]]:
+    """`_ResNet._map_sizes`"""
+    windows = [(stem.kernel, stem.stride, stem.padding)]
+    if stem.pool is not None:
+        windows.append((stem.pool.kernel, stem.pool.stride, stem.pool.padding))
+    for s, convolution in zip(strides, convolutions, strict=True):
+        frames = (1, 0) if convolution == "2d" else (3, 1)
+        windows.append(((frames[0], 3, 3), _spatial(s, convolution), (frames[1], 1, 1)))
+    sizes = [size]
+    for window in windows:
+        sizes.append(tuple(map(_window_count, sizes[-1], *window)))
+    return sizes[1:]
+
+
+_remembered_sizes = lru_cache(maxsize=256)(_sizes)
 
 
 # --- stems ------------------------------------------------------------------------------------------------
@@ -706,22 +726,17 @@ class _ResNet(nn.Module):
     def _stem_pairs(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
         """The stem's convolution with its batch norm, or those of both halves."""
         if self._stem_spec.naming == "torchvision":
-            return [(self.stem[i], self.stem[i + 1]) for i in range(0, len(self.stem), 3)]
+            layers = list(self.stem._modules.values())
+            return [(layers[i], layers[i + 1]) for i in range(0, len(layers), 3)]
         return [(self.conv1, self.bn1)]
 
     def _map_sizes(self, size: Sequence[int]) -> list[tuple[int, ...]]:
         """[D, H, W] of the clip to that of the map behind the stem, the max-pool and each layer."""
-        stem = self._stem_spec
-        windows = [(stem.kernel, stem.stride, stem.padding)]
-        if stem.pool is not None:
-            windows.append((stem.pool.kernel, stem.pool.stride, stem.pool.padding))
-        for s, convolution in zip(self._layer_strides, self._convolutions, strict=True):
-            frames = (1, 0) if convolution == "2d" else (3, 1)
-            windows.append(((frames[0], 3, 3), _spatial(s, convolution), (frames[1], 1, 1)))
-        sizes = [tuple(size)]
-        for window in windows:
-            sizes.append(tuple(map(_window_count, sizes[-1], *window)))
-        return sizes[1:]
+        plain = not torch.compiler.is_compiling() and all(
+            type(s) is int for s in size
+        )  # Dynamo warns of caches
+        of = _remembered_sizes if plain else _sizes
+        return of(tuple(size), self._stem_spec, tuple(self._layer_strides), self._convolutions)
 
     def _check_input(self, x: Tensor) -> None:
         """Says what is wrong with a clip before any layer runs."""
