@@ -19,6 +19,7 @@ from r3d_kernels.problems import ConvProblem
 __all__ = [
     "COMPILERS",
     "check_second_device",
+    "graphed_speed",
     "network_layers",
     "network_speed",
     "placed",
@@ -180,3 +181,29 @@ def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]
     if not errors["fused"] <= allowed:
         raise Failed(f"the fused network's error is {errors['fused']:.1e}, allowed {allowed:.1e}", data)
     return data
+
+
+@quick
+def graphed_speed(name: str, batch: int) -> dict[str, Any]:
+    """A small batch as one CUDA graph: the eager pass's bits, also for new data and a second shape, and its time."""
+    models = {engine: placed(name, torch.bfloat16, engine == "fused") for engine in ("stock", "fused")}
+    clips = [
+        measure.clip(n, seed=n).to("cuda", torch.bfloat16, memory_format=torch.channels_last_3d)
+        for n in (batch, batch + 1)
+    ]
+    call = models["fused"].graphed(clips[0])
+    with torch.no_grad():
+        for x in (clips[0], clips[0] * 0.5, clips[1]):
+            if not torch.equal(call(x), models["fused"](x)):
+                raise Failed(f"the graph gives another result than the pass, shape {list(x.shape)}")
+        x = clips[0]
+        calls = {engine: functools.partial(model, x) for engine, model in models.items()}
+        seconds = gpu_seconds({**calls, "graphed": functools.partial(call, x)}, rounds=9)
+    return {
+        "network": name,
+        "dtype": "bf16",
+        "batch": batch,
+        "graphed_ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
+        "graphed_clips_per_s": round(batch / seconds["graphed"], 1),
+        "graphed_is_faster": round(seconds["stock"] / seconds["graphed"], 3),
+    }

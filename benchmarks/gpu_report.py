@@ -32,7 +32,7 @@ import torch
 from gpu_bn_act import bn_act_speed, check_bn_act, check_graph, check_repetitions, check_streams
 from gpu_common import roofline
 from gpu_floors import EAGER, floors, title, verdict
-from gpu_networks import check_second_device, network_layers, network_speed
+from gpu_networks import check_second_device, graphed_speed, network_layers, network_speed
 from gpu_picture import draw
 from gpu_sanitizer import sanitize, sanitizer_child
 from gpu_sections import Report, Section, Worker
@@ -112,6 +112,10 @@ def plan(left: Callable[[], float]) -> list[Section]:
         run = functools.partial(network_speed, name, dtype, batch, engines)
         return Section(title(name, dtype, batch, engines), run, needs, most)
 
+    def graphed(name: str, batch: int) -> Section:
+        run = functools.partial(graphed_speed, name, batch)
+        return Section(f"{name} bf16 batch {batch} as a CUDA graph", run, needs=10)
+
     def compiled(name: str, dtype: str, batch: int, compiler: str = "compile") -> Section:
         tuned = compiler == "max-autotune"
         return network(name, dtype, batch, (*EAGER, compiler), 90 if tuned else 40, 240 if tuned else 120)
@@ -134,7 +138,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         speed("r3d_18", 32),
         stem_speed,
         network("r3d_18", "bf16", 32),
-        sm80.pop("r3d_18 bf16 batch 1 as a CUDA graph"),
+        graphed("r3d_18", 1),
         network("r3d_18", "bf16", 1),
         network("r3d_18", "bf16", 8),
         compiled("r3d_18", "bf16", 32),
@@ -160,6 +164,10 @@ def plan(left: Callable[[], float]) -> list[Section]:
             for n in (32, 8, 1)
         ),
         network("r2plus1d_18", "bf16", 8),
+        *(
+            graphed(*which)
+            for which in (("r3d_18", 8), ("hara_r3d_18", 1), ("hara_r3d_18", 8), ("hara_r3d_50", 1))
+        ),
         *(network("r3d_18", "fp32", batch) for batch in (8, 1, 32)),
         *sm80.values(),
         Section(

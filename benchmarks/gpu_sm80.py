@@ -1,4 +1,4 @@
-"""The sm80 convolution, max-pool, head and graphs in the GPU report: awkward geometries, then speed.
+"""The sm80 convolution, max-pool and head in the GPU report: awkward geometries, then speed.
 
 python benchmarks/gpu_sm80.py [--multiprocessors N]
 
@@ -16,8 +16,8 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from gpu_common import gpu_seconds, require_op, roofline
-from gpu_networks import placed, quick
+from gpu_common import gpu_seconds, require_op, roofline, timed
+from gpu_networks import quick
 from gpu_sections import Failed, NotHere, Section, progress
 from torch import Tensor
 
@@ -223,41 +223,21 @@ def layer_speed(batch: int) -> dict[str, Any]:
             calls = {k: problem.call(k) for k in (*KERNELS, "cuDNN + bn_act", "stock")}
             if isinstance(calls["sm80"], str):
                 raise NotHere(f"sm80: {calls['sm80']}")
-            seconds = gpu_seconds({k: c for k, c in calls.items() if not isinstance(c, str)}, rounds=9)
+            able = {k: c for k, c in calls.items() if not isinstance(c, str)}
+            seconds = gpu_seconds(able, rounds=9, graphs=True)
             tflops = 2 * problem.p.macs / seconds["sm80"] / 1e12
             rows.append(
                 {
                     "layer": name,
                     "problem": str(problem.p),
                     "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+                    "timed": timed(seconds),
                     "tflop_per_s": round(tflops, 1),
                     "share_of_matmul": round(tflops / rate, 3),
                 }
             )
             progress(batch=batch, layers=rows)
     return {"batch": batch, "layers": rows}
-
-
-def graphed_speed(name: str = "r3d_18") -> dict[str, Any]:
-    """Batch 1 as one CUDA graph: the eager pass's bits, also for new data and a second shape, and its time."""
-    models = {engine: placed(name, torch.bfloat16, engine == "fused") for engine in ("stock", "fused")}
-    clips = [
-        measure.clip(n, seed=n).to("cuda", torch.bfloat16, memory_format=torch.channels_last_3d)
-        for n in (1, 2)
-    ]
-    call = models["fused"].graphed(clips[0])
-    with torch.no_grad():
-        for x in (clips[0], clips[0] * 0.5, clips[1]):
-            if not torch.equal(call(x), models["fused"](x)):
-                raise Failed(f"the graph gives another result than the pass, shape {list(x.shape)}")
-        x = clips[0]
-        calls = {engine: functools.partial(model, x) for engine, model in models.items()}
-        seconds = gpu_seconds({**calls, "graphed": functools.partial(call, x)}, rounds=9)
-    return {
-        "network": name,
-        "batch_1_ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
-        "graphed_is_faster": round(seconds["stock"] / seconds["graphed"], 3),
-    }
 
 
 def small_calls() -> None:
@@ -281,7 +261,6 @@ def sections() -> list[Section]:
             Section(f"sm80 layers, batch {n}", functools.partial(layer_speed, batch=n), 10, 60, "sm80")
             for n in (8, 1, 32)
         ),
-        Section("r3d_18 bf16 batch 1 as a CUDA graph", quick(graphed_speed), 10),
     ]
 
 

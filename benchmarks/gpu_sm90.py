@@ -10,7 +10,7 @@ from typing import Any
 import gpu_paper
 import torch
 import torch.nn.functional as F
-from gpu_common import NO_EPS, gpu_seconds, on_two_streams, require_op, roofline
+from gpu_common import NO_EPS, gpu_seconds, on_two_streams, require_op, roofline, timed
 from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
 
@@ -243,6 +243,7 @@ def speed(
                 "ours_is_faster": round(found["stock"] / found["ours"], 3),
                 "cudnn_fused_us": round(1e6 * found["cudnn_fused"], 2) if why_not is None else "not measured",
                 "cudnn_fused_reason": why_not,
+                "timed": timed(found),
                 "tflop_per_s": round(tflops, 1),
                 "share_of_matmul": round(tflops / rate, 3),
                 "predicted": {
@@ -297,6 +298,7 @@ def tiles(
                 "layer": name,
                 "problem": str(p),
                 "us": {n: round(1e6 * s, 2) for n, s in found.items()},
+                "timed": timed(found),
                 "split": {n: plan.split for n, plan in plans.items()},
                 "predicted_us": {
                     n: round(gpu_paper.Row(name, p, 1, plan).seconds * 1e6, 2) for n, plan in plans.items()
@@ -395,7 +397,7 @@ def sm90_speed(network: str, batch: int) -> dict[str, Any]:
     usable = partial(proven_tiles, torch.cuda.current_device())
     rate = roofline()["matmul_tflop_per_s"]["bfloat16"]
     head = {"network": network, "batch": batch, "matmul_tflop_per_s": rate}
-    seconds = partial(gpu_seconds, rounds=9)
+    seconds = partial(gpu_seconds, rounds=9, graphs=True)
     rows = speed(
         seconds, rate, network, batch, note=lambda rows: progress(layers=rows, **head), usable=usable
     )
@@ -405,6 +407,6 @@ def sm90_speed(network: str, batch: int) -> dict[str, Any]:
 def sm90_tiles(network: str, batch: int) -> dict[str, Any]:
     """Every tile on every layer: whether the rule that chooses among them is right."""
     require_sm90()
-    seconds = partial(gpu_seconds, rounds=3, sample=2e-3)
+    seconds = partial(gpu_seconds, rounds=3, sample=2e-3, graphs=True)
     rows = tiles(seconds, network, batch, note=lambda rows: progress(layers=rows))
     return {"layers": rows, "least_chosen_over_best": min(row["best_us"] / row["chosen_us"] for row in rows)}

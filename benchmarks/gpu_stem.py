@@ -10,7 +10,7 @@ from typing import Any
 import gpu_sm80
 import torch
 import torch.nn.functional as F
-from gpu_common import gpu_seconds, on_two_streams, roofline
+from gpu_common import gpu_seconds, on_two_streams, roofline, timed
 from gpu_sections import Failed, NotHere, Section, progress
 from gpu_sm90 import require_sm90
 from torch import Tensor
@@ -140,11 +140,13 @@ def _rows(batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
             problem = gpu_sm80.Problem(text.format(batch), torch.bfloat16, "cuda")
             calls = {k: problem.call(k) for k in (*KERNELS, "stock")}
             why_not = {k: c for k, c in calls.items() if isinstance(c, str)}
-            seconds = gpu_seconds({k: c for k, c in calls.items() if k not in why_not}, rounds=7)
+            able = {k: c for k, c in calls.items() if k not in why_not}
+            seconds = gpu_seconds(able, rounds=7, graphs=True)
             row = {
                 "stem": name,
                 "problem": str(problem.p),
                 "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+                "timed": timed(seconds),
                 "reasons": why_not,
             }
             if (ours := seconds.get("wgmma stem")) is not None:

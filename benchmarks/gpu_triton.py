@@ -13,7 +13,7 @@ import measure
 import torch
 import torch.nn.functional as F
 from gpu_bn_act import SHAPES, epilogue
-from gpu_common import FP32_PROMISE, gpu_seconds, largest, roofline
+from gpu_common import FP32_PROMISE, gpu_seconds, largest, roofline, timed
 from gpu_networks import network_layers
 from gpu_sections import Failed, Section
 from gpu_triton_layers import require_triton
@@ -137,7 +137,7 @@ def triton_norm_speed() -> dict[str, Any]:
                 y = F.relu(F.batch_norm(x, None, None, gamma, beta, True) + residual)
                 return torch.autograd.grad(y, leaves, dy)
 
-            seconds = gpu_seconds({"ours": ours, "stock": stock}, rounds=9)
+            seconds = gpu_seconds({"ours": ours, "stock": stock}, rounds=9, graphs=True)
             rows.append(norm_row(shape, dtype, seconds, e.x.numel() * e.x.element_size(), copy_speed, cached))
     return {"copy_gbyte_per_s": copy_speed, "norm_rows": rows, "share_of_copy": norm_share(rows)}
 
@@ -157,6 +157,7 @@ def norm_row(
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+        "timed": timed(seconds),
         "share_of_copy": round(moved / seconds["ours"] / 1e9 / copy_speed, 3),
         # Only there is the speed of a copy the limit; smaller ones are bound by launches, or faster than memory.
         "beyond_l2": size > cached,
@@ -180,7 +181,7 @@ def gradient_speed(
     from r3d_kernels.triton import conv3d
 
     problems = network_layers("r3d_18", 8) if problems is None else problems
-    timer = timer or gpu_seconds
+    timer = timer or functools.partial(gpu_seconds, graphs=True)
     dtype, rows = measure.DTYPES[dtype_name], []
     for p, count in problems:
         t = p.tensors(dtype, device=device)
@@ -207,6 +208,7 @@ def gradient_speed(
             seconds = timer({"triton": call, "stock": functools.partial(stock, which)}, rounds=9)
             row[name] = {
                 "ms": {engine: round(1e3 * s, 4) for engine, s in seconds.items()},
+                "timed": timed(seconds),
                 "triton_is_faster_than_cudnn": round(seconds["stock"] / seconds["triton"], 3),
             }
         rows.append(row)
@@ -230,7 +232,7 @@ def pool_speed(
     require_triton()
     from r3d_kernels import backend, ops
 
-    timer, rows = timer or gpu_seconds, []
+    timer, rows = timer or functools.partial(gpu_seconds, graphs=True), []
     for dtype in (torch.bfloat16, torch.float32):
 
         def through(name: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -252,7 +254,7 @@ def pool_speed(
             engines = {name: through(name, call) for name in ("cuda", "triton", "torch", "auto")}
             seconds = timer(engines, rounds=9)
             us = {name: round(1e6 * s, 2) for name, s in seconds.items()}
-            rows.append({"what": what, "dtype": _name(dtype), "us": us})
+            rows.append({"what": what, "dtype": _name(dtype), "us": us, "timed": timed(seconds)})
     return {"pools": rows}
 
 

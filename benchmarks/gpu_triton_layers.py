@@ -12,7 +12,7 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from gpu_common import FP32_PROMISE, gpu_seconds, largest
+from gpu_common import FP32_PROMISE, gpu_seconds, largest, timed
 from gpu_networks import network_layers, placed, reference
 from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
@@ -223,13 +223,16 @@ _COMPILES_WITHIN = (
 )
 
 
+_graphed_seconds = functools.partial(gpu_seconds, graphs=True)
+
+
 def triton_layers(
     problems: Sequence[tuple[ConvProblem, int]],
     dtype_name: str,
     left: Callable[[], float],
     *,
     device: str = "cuda",
-    timer: Callable[..., dict[str, float]] = gpu_seconds,
+    timer: Callable[..., dict[str, float]] = _graphed_seconds,
     template: Callable[..., Callable[..., Tensor]] = inductor_template,
 ) -> dict[str, Any]:
     """Each layer: cuDNN's stock layers, our CUDA kernels, Triton as its tuner chose it, inductor's own template.
@@ -285,6 +288,7 @@ def triton_layers(
                 "count": count,
                 "config": str(conv3d.chosen(p, *operands)[0].config) if "triton" in calls else None,
                 "ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+                "timed": timed(seconds),
                 "tflop_per_s": {name: round(p.flops / s / 1e12, 1) for name, s in seconds.items()},
                 "errors": errors,
                 "reasons": reasons,

@@ -130,7 +130,15 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     statistics = torch.stack([gamma, beta])
     backward = torch.ops.r3d_kernels.triton_batch_norm_act_backward
     operands = (dy, dy, dy, statistics, gamma, beta)
-    yield "training norm, backward", lambda: backward(*operands, True, True, 1e-5)
+    yield "training norm, backward as an operation", lambda: backward(*operands, True, True, 1e-5)
+    leaves = [v.detach().clone().requires_grad_() for v in (dy, gamma, beta, t.residual)]
+
+    def step() -> None:
+        with torch.enable_grad():
+            y, _, _ = norm.batch_norm_act(*leaves)
+        torch.autograd.grad(y, leaves, dy)
+
+    yield "training norm, forward and backward", step
 
 
 def main() -> int:

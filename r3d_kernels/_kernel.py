@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -115,9 +117,33 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+_SWITCHES = ("R3D_KERNELS_BACKEND", "R3D_KERNELS_FP32", "R3D_KERNELS_MEMORY")
+_seen: ContextVar[dict[str, str | None] | None] = ContextVar("r3d_kernels_switches", default=None)
+
+
+@contextlib.contextmanager
+def one_pass() -> Iterator[None]:
+    """The switches in the environment are read here, once for all layers inside, which each ask for them.
+
+    A variable that is not set takes a microsecond to find missing. For this thread or task only; not while Dynamo
+    traces.
+    """
+    token = _seen.set({name: os.environ.get(name) for name in _SWITCHES})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def switch(name: str) -> str | None:
+    """One of `_SWITCHES` as it is now, or was when the pass began that is under way here."""
+    seen = _seen.get()
+    return os.environ.get(name) if seen is None else seen[name]
+
+
 def fp32_mode() -> str:
     """ "default", or "strict" (R3D_KERNELS_FP32): only kernels within twice the stock layer's own error."""
-    mode = os.environ.get("R3D_KERNELS_FP32") or "default"
+    mode = switch("R3D_KERNELS_FP32") or "default"
     if mode not in ("default", "strict"):
         raise ValueError(f"R3D_KERNELS_FP32: expected 'default' or 'strict', got {mode!r}")
     return mode
@@ -125,7 +151,7 @@ def fp32_mode() -> str:
 
 def memory_mode() -> str:
     """ "lean", or "fast" (R3D_KERNELS_MEMORY): a copy of large weights for every gain, however small."""
-    mode = os.environ.get("R3D_KERNELS_MEMORY") or "lean"
+    mode = switch("R3D_KERNELS_MEMORY") or "lean"
     if mode not in ("lean", "fast"):
         raise ValueError(f"R3D_KERNELS_MEMORY: expected 'lean' or 'fast', got {mode!r}")
     return mode

@@ -23,14 +23,14 @@ from r3d_kernels.problems import ConvProblem
 if TYPE_CHECKING:
     from r3d_kernels.ops.clip import ClipSource
 
-__all__ = ["LayerState", "layer_packs", "layer_plans", "state_of", "state_of_weight"]
+__all__ = ["ATTRIBUTE", "LayerState", "layer_packs", "layer_plans", "plan_key", "state_of", "state_of_weight"]
 
 logger = logging.getLogger("r3d_kernels")
 
 Triple = tuple[int, int, int]
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
-_ATTRIBUTE = "_r3d_layer_state"
+ATTRIBUTE = "_r3d_layer_state"  # of a convolution
 _MAX_PLANS = 64  # input shapes remembered for one layer
 
 
@@ -43,6 +43,54 @@ class _Snapshot:
         self.packs: dict[tuple[str, object], Any] = {}
         # (input shape, dtype, ...) -> (kernel, its pack, request, choice)
         self.plans: dict[object, tuple[backends.Kernel, Any, backends.Request, backends.Choice]] = {}
+
+
+def _key(weight: Tensor, conv_bias: Tensor | None, norm: Norm | None, counted: bool = True) -> list[object]:
+    """Something that differs when any of the tensors has changed.
+
+    Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode
+    have none (not `counted`): for tensors in CPU memory a fingerprint of the bytes is added (of all bytes where nothing
+    counts).
+
+    Raises:
+        RuntimeError: where a tensor has no counter, unless not `counted`.
+    """
+    tensors: tuple[Tensor | None, ...] = (weight, conv_bias)
+    key: list[object] = [None]
+    if norm is not None:
+        mean, var, gamma, beta, eps = norm
+        tensors, key = (weight, conv_bias, mean, var, gamma, beta), [eps]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.data_ptr(), t._version if counted else 0, t.dtype)
+    if weight.is_cpu and _extension.error is None:
+        present = [t for t in tensors if t is not None]
+        key.append(torch.ops.r3d_kernels.fingerprint(present, not counted))
+    return key
+
+
+def plan_key(
+    x: Tensor,
+    dtype: torch.dtype,  # to compute in
+    residual: Tensor | None,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    activation: str | None,
+) -> tuple[object, ...]:
+    """All that the choice of a kernel depends on beside the parameters. As cheap as it can be: every call asks."""
+    shape = None if residual is None else residual.shape
+    asked = backends.current_backend()
+    threads = torch.get_num_threads()
+    key = (x.shape, dtype, x.device, shape, stride, padding, dilation, groups, activation, asked, threads)
+    if x.is_cuda and dtype is not torch.float32:
+        return (
+            key  # one way to compute, so the switches do not matter; some of them take a microsecond to read
+        )
+    return *key, *backends.settings(), x.is_cuda and backends.tf32_allowed()
 
 
 def _call(
@@ -80,31 +128,22 @@ class LayerState:
 
     # ---- following the parameters ----
 
-    @staticmethod
-    def _key(weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> tuple[object, bool]:
-        """Something that differs when any of the tensors has changed.
-
-        Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode
-        have none: for tensors in CPU memory a fingerprint of the bytes is added (of all bytes where nothing counts).
-        """
-        tensors = [weight]
-        if conv_bias is not None:
-            tensors.append(conv_bias)
-        eps = None
-        if norm is not None:
-            tensors += [t for t in norm[:4] if t is not None]
-            eps = norm[4]
-        counted = not any(t.is_inference() for t in tensors)
-        versions = tuple((t.data_ptr(), t._version if counted else 0, t.dtype) for t in tensors)
-        print_ = (
-            torch.ops.r3d_kernels.fingerprint(tensors, not counted)
-            if weight.is_cpu and _extension.error is None
-            else 0
-        )
-        return (versions, eps, conv_bias is None, print_), counted or weight.is_cpu
+    def current(self, weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> _Snapshot | None:
+        """What was derived from the parameters as they are now; None where nothing was, or nobody knows."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return None
+        try:
+            return snapshot if _key(weight, conv_bias, norm) == snapshot.key else None
+        except RuntimeError:
+            return None
 
     def snapshot(self, weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> _Snapshot:
-        key, followed = self._key(weight, conv_bias, norm)
+        followed = True
+        try:
+            key = _key(weight, conv_bias, norm)
+        except RuntimeError:  # half the price of asking every tensor before
+            key, followed = _key(weight, conv_bias, norm, False), weight.is_cpu
         current = self._snapshot
         if current is not None and followed and current.key == key:
             return current
@@ -148,11 +187,8 @@ class LayerState:
         """
         asked = backends.current_backend()
         snapshot = self.snapshot(weight, conv_bias, norm)
-        shape = None if residual is None else residual.shape
         dtype = x.dtype if source is None else source.dtype
-        tf32 = x.is_cuda and backends.tf32_allowed()
-        settings = (asked, torch.get_num_threads(), *backends.settings(), tf32)
-        key = (x.shape, dtype, x.device, shape, stride, padding, dilation, groups, activation, settings)
+        key = plan_key(x, dtype, residual, stride, padding, dilation, groups, activation)
         plan = snapshot.plans.get(key)
         if plan is not None and plan[3].doubtful():
             plan = None
@@ -255,16 +291,16 @@ def state_of(conv: nn.Module) -> LayerState:
 
     Modules that share a weight have one each: their norms differ.
     """
-    state = conv.__dict__.get(_ATTRIBUTE)
+    state = conv.__dict__.get(ATTRIBUTE)
     if state is None or state.owner is None:  # a copy belongs to nobody yet
         # Looked up, never made: a weak reference to the weight would forbid swapping it (torch.utils.swap_tensors).
         weight = conv._parameters.get("weight")
         of_weight = None if weight is None else _states.get(weight)
         other = None if of_weight is None or of_weight.owner is None else of_weight.owner()
         if of_weight is not None and other in (None, conv):
-            state = conv.__dict__[_ATTRIBUTE] = of_weight
+            state = conv.__dict__[ATTRIBUTE] = of_weight
         elif state is None:
-            state = conv.__dict__.setdefault(_ATTRIBUTE, LayerState())  # atomic: threads get the same one
+            state = conv.__dict__.setdefault(ATTRIBUTE, LayerState())  # atomic: threads get the same one
         state.owner = weakref.ref(conv)
     return state
 
@@ -272,7 +308,7 @@ def state_of(conv: nn.Module) -> LayerState:
 def _states_of(module: nn.Module) -> Iterator[LayerState]:
     """All that is kept for a module, by itself and by its weight; nothing where no fused layer has run it."""
     weight = module._parameters.get("weight")
-    mine, of_weight = module.__dict__.get(_ATTRIBUTE), None if weight is None else _states.get(weight)
+    mine, of_weight = module.__dict__.get(ATTRIBUTE), None if weight is None else _states.get(weight)
     if isinstance(mine, LayerState):
         yield mine
     if isinstance(of_weight, LayerState) and of_weight is not mine and of_weight.owner is None:

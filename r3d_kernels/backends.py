@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable
 from contextvars import ContextVar, Token
@@ -33,7 +32,9 @@ from r3d_kernels._kernel import (
     describe,
     fp32_mode,
     memory_mode,
+    one_pass,
     settings,
+    switch,
     work,
 )
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
@@ -58,6 +59,7 @@ __all__ = [
     "describe",
     "explain",
     "fp32_mode",
+    "one_pass",
     "prepare",
     "settings",
     "synchronize",
@@ -111,7 +113,7 @@ def current_backend() -> str:
     """The backend asked for here and now: "auto" unless a `backend` block or R3D_KERNELS_BACKEND says otherwise."""
     name = _forced.get()
     if name is None:
-        name = os.environ.get("R3D_KERNELS_BACKEND") or "auto"
+        name = switch("R3D_KERNELS_BACKEND") or "auto"
         if name not in NAMES:
             _checked(name, "R3D_KERNELS_BACKEND")
     return name
@@ -470,27 +472,12 @@ def _measure(
 
 
 _GPU_ROUNDS = 5
-_GPU_SAMPLE = 1e-3  # seconds of calls between two events
-_MOST_CYCLES = 2e9  # of any GPU in a second
 
 
 def _gpu_seconds(call: Any, count: int, launch: float, device: torch.device) -> float:
-    """Seconds of the GPU for one of `count` calls behind one another, whatever their launches cost.
-
-    Launches take the host `launch` seconds each; where the GPU waits for them is decided by graphs and by batch, and
-    not by the kernel.
-    """
+    """Seconds of the GPU for one of `count` calls behind one another, whatever their launches cost."""
     with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        sleep = getattr(torch.cuda, "_sleep", None)
-        if sleep is not None:  # keeps the GPU busy until all is launched
-            sleep(int(min(2 * count * launch, 0.02) * _MOST_CYCLES))
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        return tuning.queued_seconds(call, count, launch)
 
 
 def _race_on_gpu(
@@ -519,7 +506,7 @@ def _race_on_gpu(
             torch.cuda.empty_cache()
             continue
         best[kernel.name] = took
-        calls[kernel.name] = call, max(1, min(20, int(_GPU_SAMPLE / took))), launch
+        calls[kernel.name] = call, max(1, min(tuning.MOST_CALLS, int(tuning.SAMPLE / took))), launch
     if too_large is not None and not best:
         raise too_large
     # By a clock that counts launches too: only what is slow beyond all doubt is left at that.

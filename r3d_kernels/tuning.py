@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,18 @@ import torch
 
 from r3d_kernels import _cpu, _fork, _version
 
-__all__ = ["Attempt", "TuningCache", "cache_path", "check_writable", "enabled", "gpu_seconds", "machine_key"]
+__all__ = [
+    "MOST_CALLS",
+    "SAMPLE",
+    "Attempt",
+    "TuningCache",
+    "cache_path",
+    "check_writable",
+    "enabled",
+    "gpu_seconds",
+    "machine_key",
+    "queued_seconds",
+]
 
 _FORMAT = 1
 
@@ -62,18 +74,43 @@ def machine_key(device: torch.device, isa: str) -> str:
     return " | ".join(parts)
 
 
+SAMPLE = 1e-3  # seconds of calls between two events
+MOST_CALLS = 20
+_MOST_CYCLES = 2e9  # of any GPU in a second
+_LONGEST_SLEEP = 0.02
+
+
+def queued_seconds(call: Callable[[], object], count: int, launch: float) -> float:
+    """Seconds of the current GPU for one of `count` calls behind one another, whatever their launches cost.
+
+    Launches take the host `launch` seconds each, often longer than a small kernel runs; where the GPU waits for them is
+    decided by graphs and by batch, and not by the kernel. So it is kept busy until all of them are queued. A graph of
+    the calls would tell the same, but a call that cannot be captured leaves torch's allocator in a state that nothing
+    public mends, and this runs inside a user's forward pass.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    sleep = getattr(torch.cuda, "_sleep", None)
+    if sleep is not None:
+        sleep(int(min(2 * count * launch, _LONGEST_SLEEP) * _MOST_CYCLES))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
 def gpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
-    """The median time of a call on the current GPU, from events; a warm-up call comes first."""
+    """The median seconds of the current GPU for a call, launches not counted; two warm-up calls come first."""
     run()
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
-    ]
-    for begin, end in pairs:
-        begin.record()
-        run()
-        end.record()
     torch.cuda.synchronize()
-    return sorted(b.elapsed_time(e) for b, e in pairs)[rounds // 2] / 1e3
+    begin = time.perf_counter()
+    run()
+    launch = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begin
+    count = max(1, min(MOST_CALLS, int(SAMPLE / took)))
+    return sorted(queued_seconds(run, count, launch) for _ in range(rounds))[rounds // 2]
 
 
 class Attempt(contextlib.AbstractContextManager["Attempt"]):

@@ -459,6 +459,47 @@ def test_measuring_on_a_gpu_is_bounded(gpu_clock) -> None:
     assert [best[k.name] for k in kernels[:3]] == [5e-5, 1.1e-5, 1e-5]
 
 
+class Queue:
+    """A GPU that works off what is queued: a call is launched in `host` seconds and runs in `device`."""
+
+    def __init__(self, monkeypatch, host: float, device: float) -> None:
+        self.host, self.device, self.wall, self.until, self.calls = host, device, 0.0, 0.0, 0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(queue.wall, queue.until)
+
+            def synchronize(self) -> None:
+                queue.wall = max(queue.wall, queue.until)
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: Event(True).synchronize())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(cycles / 1.98e9), raising=False)
+        monkeypatch.setattr(tuning.time, "perf_counter", lambda: self.wall)
+
+    def run(self, seconds: float) -> None:
+        self.until = max(self.wall, self.until) + seconds
+
+    def call(self) -> None:
+        self.calls += 1
+        self.wall += self.host
+        self.run(self.device)
+
+
+@pytest.mark.parametrize(("device", "most"), [(4e-6, 20), (2e-4, 5), (5e-2, 1)])
+def test_a_call_that_takes_longer_to_launch_than_to_run(device: float, most: int, monkeypatch) -> None:
+    queue = Queue(monkeypatch, 3e-5, device)
+    assert tuning.gpu_seconds(queue.call) == pytest.approx(device)
+    assert queue.calls <= 2 + 7 * most
+
+
 class Large(GpuKernel):
     def run(self, *args) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r3d_kernels.backends import one_pass
 from r3d_kernels.graphs import GraphedModel
 from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
 from r3d_kernels.ops.clip import channel_values
@@ -82,6 +84,25 @@ def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
 def _window_count(size: int, kernel: int, stride: int, padding: int) -> int:
     """How many places a window of `kernel` has on an axis."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+def _sizes(
+    size: tuple[int, ...], stem: Stem, strides: tuple[int, ...], convolutions: tuple[str, ...]
+) -> list[tuple[int, ...]]:
+    """`_ResNet._map_sizes`"""
+    windows = [(stem.kernel, stem.stride, stem.padding)]
+    if stem.pool is not None:
+        windows.append((stem.pool.kernel, stem.pool.stride, stem.pool.padding))
+    for s, convolution in zip(strides, convolutions, strict=True):
+        frames = (1, 0) if convolution == "2d" else (3, 1)
+        windows.append(((frames[0], 3, 3), _spatial(s, convolution), (frames[1], 1, 1)))
+    sizes = [size]
+    for window in windows:
+        sizes.append(tuple(map(_window_count, sizes[-1], *window)))
+    return sizes[1:]
+
+
+_remembered_sizes = lru_cache(maxsize=256)(_sizes)
 
 
 # --- stems ------------------------------------------------------------------------------------------------
@@ -330,7 +351,8 @@ class ShortcutA(nn.Module):
 def _halves(conv: nn.Conv3d | Conv2Plus1D, bn: nn.BatchNorm3d) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
     """A pair as it is, or a factored convolution as the two pairs that it consists of."""
     if isinstance(conv, Conv2Plus1D):
-        return [(conv[0], conv[1]), (conv[3], bn)]
+        first, between, _, second = conv._modules.values()
+        return [(first, between), (second, bn)]
     return [(conv, bn)]
 
 
@@ -373,36 +395,44 @@ class _Block(nn.Module):
 
     def pair(self, index: int) -> tuple[nn.Conv3d | Conv2Plus1D, nn.BatchNorm3d]:
         """Convolution `index` (from 1) and the batch norm behind it."""
-        conv = getattr(self, f"conv{index}")
+        modules = (
+            self._modules
+        )  # read directly, also of a sequence: forward comes here, and indices take microseconds
+        conv = modules[f"conv{index}"]
         if isinstance(conv, nn.Sequential):
-            return conv[0], conv[1]
-        return conv, getattr(self, f"bn{index}")
+            conv, bn, *_ = conv._modules.values()
+            return conv, bn
+        return conv, modules[f"bn{index}"]
 
     def _steps(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
         """Every convolution with its batch norm, in the order in which they run."""
         steps: list[tuple[nn.Conv3d, nn.BatchNorm3d]] = []
         for index in range(1, self.n_convs + 1):
-            steps += _halves(*self.pair(index))
+            conv, bn = self.pair(index)
+            if isinstance(conv, Conv2Plus1D):
+                steps += _halves(conv, bn)
+            else:
+                steps.append((conv, bn))
         return steps
 
     def _shortcut(self, x: Tensor) -> Tensor:
         down = self.downsample
         if down is None:
             return x
-        if isinstance(down, nn.Sequential) and len(down) == 2:
-            conv, bn = down
+        if isinstance(down, nn.Sequential) and len(down._modules) == 2:
+            conv, bn = down._modules.values()
             if isinstance(conv, nn.Conv3d) and isinstance(bn, nn.BatchNorm3d):
                 return conv_bn_act(x, conv, bn, activation=None, fused=self.fused)
         return down(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        *first, last = self._steps()
+        y, fused = x, self.fused
+        *first, (conv, bn) = self._steps()
         for step in first:
-            y = conv_bn_act(y, *step, fused=self.fused)
+            y = conv_bn_act(y, *step, fused=fused)
         # The shortcut comes late, so that its result does not live through the whole block.
         residual = self._shortcut(x)
-        return conv_bn_act(y, *last, residual=residual, fused=self.fused)
+        return conv_bn_act(y, conv, bn, residual=residual, fused=fused)
 
 
 class BasicBlock(_Block):
@@ -696,22 +726,17 @@ class _ResNet(nn.Module):
     def _stem_pairs(self) -> list[tuple[nn.Conv3d, nn.BatchNorm3d]]:
         """The stem's convolution with its batch norm, or those of both halves."""
         if self._stem_spec.naming == "torchvision":
-            return [(self.stem[i], self.stem[i + 1]) for i in range(0, len(self.stem), 3)]
+            layers = list(self.stem._modules.values())
+            return [(layers[i], layers[i + 1]) for i in range(0, len(layers), 3)]
         return [(self.conv1, self.bn1)]
 
     def _map_sizes(self, size: Sequence[int]) -> list[tuple[int, ...]]:
         """[D, H, W] of the clip to that of the map behind the stem, the max-pool and each layer."""
-        stem = self._stem_spec
-        windows = [(stem.kernel, stem.stride, stem.padding)]
-        if stem.pool is not None:
-            windows.append((stem.pool.kernel, stem.pool.stride, stem.pool.padding))
-        for s, convolution in zip(self._layer_strides, self._convolutions, strict=True):
-            frames = (1, 0) if convolution == "2d" else (3, 1)
-            windows.append(((frames[0], 3, 3), _spatial(s, convolution), (frames[1], 1, 1)))
-        sizes = [tuple(size)]
-        for window in windows:
-            sizes.append(tuple(map(_window_count, sizes[-1], *window)))
-        return sizes[1:]
+        plain = not torch.compiler.is_compiling() and all(
+            type(s) is int for s in size
+        )  # Dynamo warns of caches
+        of = _remembered_sizes if plain else _sizes
+        return of(tuple(size), self._stem_spec, tuple(self._layer_strides), self._convolutions)
 
     def _check_input(self, x: Tensor) -> None:
         """Says what is wrong with a clip before any layer runs."""
@@ -795,6 +820,12 @@ class _ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map behind layer4, ``[N, num_features, D', H', W']``; arguments, errors as :meth:`forward`."""
+        if torch.compiler.is_compiling():
+            return self._forward_features(x)
+        with one_pass():
+            return self._forward_features(x)
+
+    def _forward_features(self, x: Tensor) -> Tensor:
         x = self._run_stem(x)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, where nobody can tell: a call of the layer keeps its input alive to the end.

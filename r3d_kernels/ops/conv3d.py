@@ -24,7 +24,7 @@ __all__ = [
     "conv3d_winograd",
 ]
 
-_TENSORS = (Tensor, torch.nn.Parameter)
+TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -53,7 +53,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for t in tensors:  # a loop, not all(): half the time, and this runs for every layer
         if t is None:
             continue
-        if type(t) not in _TENSORS or t.layout is not torch.strided:
+        if type(t) not in TENSORS or t.layout is not torch.strided:
             return False
         # The flags are five times as fast; in a graph each would be a node.
         if not (t.device.type in ("cpu", "cuda") if tracing else t.is_cpu or t.is_cuda):

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from r3d_kernels import _check, tuning
+from r3d_kernels.ops.conv3d import needs_gradient
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import ahead, tuner
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.config import Config
-from r3d_kernels.triton.launch import Forward, InputGrad, WeightGrad, channels_last, check_operand
+from r3d_kernels.triton.launch import Forward, InputGrad, WeightGrad, channels_last, check_operand, is_bare
 
 __all__ = ["conv3d", "conv3d_input_grad", "conv3d_weight_grad"]
 
@@ -87,7 +88,14 @@ def conv3d(
             t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST else t
             for t in (x, weight, residual)
         )
-    return torch.ops.r3d_kernels.triton_conv3d(x, weight, scale, bias, residual, *geometry, groups, act)
+    operands = (x, weight, scale, bias, residual)
+    if not is_bare(*operands):
+        run = torch.ops.r3d_kernels.triton_conv3d
+    elif needs_gradient(*operands):
+        run = _Conv3d.apply
+    else:
+        run = _run
+    return run(*operands, *geometry, groups, act)
 
 
 def checked_problem(
@@ -212,13 +220,7 @@ def _remembered(key: tuple[object, ...], launch: Any, final: bool) -> Any:
     return launch
 
 
-@torch.library.custom_op(
-    "r3d_kernels::triton_conv3d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str activation) -> Tensor",
-)
-def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
+def _run(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
     key = (
         *(_about(x), _about(weight), _about(scale), _about(bias), _about(residual)),
         *(*stride, *padding, *dilation, groups, activation),
@@ -238,6 +240,15 @@ def _conv3d(x, weight, scale, bias, residual, stride, padding, dilation, groups,
     return launch(x, weight, scale, bias, residual)
 
 
+_conv3d = torch.library.custom_op(
+    "r3d_kernels::triton_conv3d",
+    _run,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation) -> Tensor",
+)
+
+
 @_conv3d.register_fake
 def _(x, weight, scale, bias, residual, stride, padding, dilation, groups, activation):
     size = [
@@ -253,6 +264,11 @@ def _(x, weight, scale, bias, residual, stride, padding, dilation, groups, activ
 
 
 # ---- gradients ----
+
+
+def _is_alone(*tensors: Tensor) -> bool:
+    """`is_bare`, and no gradient of the gradient is asked for, which the operations say they have not."""
+    return is_bare(*tensors) and not needs_gradient(*tensors)
 
 
 def _gradient_problem(
@@ -356,16 +372,11 @@ def conv3d_input_grad(
     _check.tensor(dy, "dy")
     _check.tensor(weight, "weight")
     geometry = _triples(stride, padding, dilation)
-    return torch.ops.r3d_kernels.triton_conv3d_input_grad(dy, weight, list(input_size), *geometry, groups)
+    run = _run_input_grad if _is_alone(dy, weight) else torch.ops.r3d_kernels.triton_conv3d_input_grad
+    return run(dy, weight, list(input_size), *geometry, groups)
 
 
-@torch.library.custom_op(
-    "r3d_kernels::triton_conv3d_input_grad",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor weight, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, int groups)"
-    " -> Tensor",
-)
-def _conv3d_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
+def _run_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
     key = (
         *("input gradient", _about(dy), _about(weight)),
         *(*input_size, *stride, *padding, *dilation, groups),
@@ -380,6 +391,15 @@ def _conv3d_input_grad(dy, weight, input_size, stride, padding, dilation, groups
     if launch is None:
         launch = _remembered(key, *chosen_input_grad(problem, dy, weight))
     return launch(dy, weight)
+
+
+_conv3d_input_grad = torch.library.custom_op(
+    "r3d_kernels::triton_conv3d_input_grad",
+    _run_input_grad,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor weight, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
+)
 
 
 @_conv3d_input_grad.register_fake
@@ -417,16 +437,11 @@ def conv3d_weight_grad(
     _check.tensor(x, "x")
     _check.tensor(dy, "dy")
     geometry = _triples(stride, padding, dilation)
-    return torch.ops.r3d_kernels.triton_conv3d_weight_grad(x, dy, list(weight_size), *geometry, groups)
+    run = _run_weight_grad if _is_alone(x, dy) else torch.ops.r3d_kernels.triton_conv3d_weight_grad
+    return run(x, dy, list(weight_size), *geometry, groups)
 
 
-@torch.library.custom_op(
-    "r3d_kernels::triton_conv3d_weight_grad",
-    mutates_args=(),
-    schema="(Tensor x, Tensor dy, SymInt[] weight_size, int[] stride, int[] padding, int[] dilation, int groups)"
-    " -> Tensor",
-)
-def _conv3d_weight_grad(x, dy, weight_size, stride, padding, dilation, groups):
+def _run_weight_grad(x, dy, weight_size, stride, padding, dilation, groups):
     key = (
         *("weight gradient", _about(x), _about(dy)),
         *(*weight_size, *stride, *padding, *dilation, groups),
@@ -441,6 +456,15 @@ def _conv3d_weight_grad(x, dy, weight_size, stride, padding, dilation, groups):
     if launch is None:
         launch = _remembered(key, *chosen_weight_grad(problem, x, dy))
     return launch(x, dy)
+
+
+_conv3d_weight_grad = torch.library.custom_op(
+    "r3d_kernels::triton_conv3d_weight_grad",
+    _run_weight_grad,
+    mutates_args=(),
+    schema="(Tensor x, Tensor dy, SymInt[] weight_size, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
+)
 
 
 @_conv3d_weight_grad.register_fake
@@ -460,7 +484,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor):
     x, weight, scale, y = ctx.saved_tensors
     has_bias, has_residual = ctx.has
-    ops = torch.ops.r3d_kernels
+    input_grad, weight_grad = _run_input_grad, _run_weight_grad
+    if not _is_alone(dy, x, weight):
+        ops = torch.ops.r3d_kernels
+        input_grad, weight_grad = ops.triton_conv3d_input_grad, ops.triton_conv3d_weight_grad
     if y is not None:
         dy = torch.where(y > 0, dy, 0)
     dz = dy if scale is None else (dy * scale.view(1, -1, 1, 1, 1)).to(dy.dtype)
@@ -471,11 +498,23 @@ def _backward(ctx, dy: Tensor):
             dz, x, weight, None, *geometry, False, [0, 0, 0], groups, [True, False, False]
         )[0]
     else:
-        dx = ops.triton_conv3d_input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = ops.triton_conv3d_weight_grad(x, dz, weight.shape, *ctx.geometry) if need_weight else None
+        dx = input_grad(dz, weight, x.shape, *ctx.geometry) if need_x else None
+    dw = weight_grad(x, dz, weight.shape, *ctx.geometry) if need_weight else None
     db = dy.sum((0, 2, 3, 4), dtype=torch.float32) if need_bias and has_bias else None
     dr = dy if need_residual and has_residual else None
     return dx, dw, None, db, dr, None, None, None, None, None
 
 
 _conv3d.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Conv3d(torch.autograd.Function):
+    """The operation's gradient without the operation."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y = _run(*inputs)
+        _setup_context(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_backward)

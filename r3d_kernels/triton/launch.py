@@ -18,13 +18,23 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from r3d_kernels.ops.conv3d import is_plain
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton import ahead, kernels
 from r3d_kernels.triton import config as configs
 from r3d_kernels.triton.backend import interpreted
 from r3d_kernels.triton.config import Config
 
-__all__ = ["Forward", "InputGrad", "Launch", "WeightGrad", "channels_last", "check_operand", "on_device"]
+__all__ = [
+    "Forward",
+    "InputGrad",
+    "Launch",
+    "WeightGrad",
+    "channels_last",
+    "check_operand",
+    "is_bare",
+    "on_device",
+]
 
 _INT32 = 2**31
 
@@ -52,6 +62,17 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, in its current stream: makes it the tensor's."""
     index = x.get_device()
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def is_bare(*tensors: Tensor | None) -> bool:
+    """Whether nobody wants to see an operation: neither Dynamo nor a transform, a mode or a kind of tensor.
+
+    Then it need not be one. On its way to a Python operation and its gradient the dispatcher passes through more Python
+    than there is in the launches.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return is_plain(*tensors) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def capturing(x: Tensor) -> bool:

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from r3d_kernels import _check
-from r3d_kernels.triton.launch import Launch, channels_last, check_operand, on_device
+from r3d_kernels.ops.conv3d import needs_gradient
+from r3d_kernels.triton.launch import Launch, channels_last, check_operand, is_bare, on_device
 
 __all__ = ["batch_norm_act"]
 
@@ -296,7 +297,7 @@ class _Forward:
 
     def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: bool) -> None:
         p = _plan(shape)
-        self.parts_shape, self.c = (2, p.parts, p.c), p.c
+        self.part_shape, self.c = (p.parts, p.c), p.c
         self.statistics = Launch(_statistics, p.sums, (p.m, p.c, p.per_part), p.tiles)
         sizes = (p.m, p.c, p.parts, p.per_part)
         self.merge = Launch(_merge_statistics, (p.merge,), sizes, p.merging)
@@ -351,8 +352,16 @@ def batch_norm_act(
     _check.tensor(x, "x")
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
-    y, statistics = torch.ops.r3d_kernels.triton_batch_norm_act(x, gamma, beta, residual, float(eps), act)
-    mean, var = statistics.detach().unbind(0)
+    operands = (x, gamma, beta, residual)
+    if not is_bare(*operands):
+        y, statistics = torch.ops.r3d_kernels.triton_batch_norm_act(*operands, float(eps), act)
+        mean, var = statistics.detach().unbind(0)
+    elif needs_gradient(*operands):
+        y, statistics = _BatchNormAct.apply(*operands, float(eps), act)
+        mean, var = statistics.unbind(0)
+    else:
+        y, statistics = _run(*operands, float(eps), act)
+        mean, var = statistics.unbind(0)
     return y, mean, var
 
 
@@ -379,26 +388,31 @@ def _checked(x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Ten
             raise ValueError(f"residual: expected shape {list(x.shape)}, got {list(residual.shape)}")
 
 
-@torch.library.custom_op(
-    "r3d_kernels::triton_batch_norm_act",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, str activation) -> (Tensor, Tensor)",
-)
-def _batch_norm_act(x, gamma, beta, residual, eps, activation):
+def _run(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, eps: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and variance as [2, C]."""
     _checked(x, gamma, beta, residual)
     affine, has_res = gamma is not None, residual is not None
     run = _forward(tuple(x.shape), eps, affine, has_res, activation == "relu")
     x = channels_last(x)
     y = torch.empty_like(x, memory_format=torch.channels_last_3d)
-    statistics = x.new_empty((2, run.c), dtype=torch.float32)
-    parts = x.new_empty(run.parts_shape, dtype=torch.float32)
+    statistics = torch.empty((2, run.c), dtype=torch.float32, device=x.device)
+    means, squares = (torch.empty(run.part_shape, dtype=torch.float32, device=x.device) for _ in range(2))
     gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (statistics, statistics)
     with on_device(x):
-        means, squares = parts.unbind(0)
         run.statistics(x, means, squares)
         run.merge(x, means, squares, statistics)
         run.apply(x, statistics, gamma, beta, channels_last(residual) if has_res else x, y)
     return y, statistics
+
+
+_batch_norm_act = torch.library.custom_op(
+    "r3d_kernels::triton_batch_norm_act",
+    _run,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, str activation) -> (Tensor, Tensor)",
+)
 
 
 @_batch_norm_act.register_fake
@@ -407,13 +421,17 @@ def _(x, gamma, beta, residual, eps, activation):
     return y, x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "r3d_kernels::triton_batch_norm_act_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? gamma, Tensor? beta, bool relu, bool residual, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
-)
-def _batch_norm_act_backward(dy, x, y, statistics, gamma, beta, relu, residual, eps):
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    statistics: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    relu: bool,
+    residual: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y is asked for behind a ReLU and a residual; the gradients of beta and gamma come as one [2, C]."""
     check_operand(x, "x")
     affine, has_y = gamma is not None, y is not None
@@ -425,14 +443,23 @@ def _batch_norm_act_backward(dy, x, y, statistics, gamma, beta, relu, residual, 
     y = channels_last(y) if mask == "y" else x
     dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
     dres = torch.empty_like(dx) if residual else x.new_empty(0)
-    grads = x.new_empty((2, run.c), dtype=torch.float32)
-    sums = x.new_empty(run.parts_shape, dtype=torch.float32)
+    grads = torch.empty((2, run.c), dtype=torch.float32, device=x.device)
+    sums = torch.empty(run.parts_shape, dtype=torch.float32, device=x.device)
     with on_device(x):
         gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (grads, grads)
         run.sums(x, y, dy, statistics, gamma, beta, sums)
         run.merge(sums, grads)
         run.gradient(x, y, dy, statistics, gamma, beta, grads, dx, dres if residual else dx)
     return dx, dres, grads
+
+
+_batch_norm_act_backward = torch.library.custom_op(
+    "r3d_kernels::triton_batch_norm_act_backward",
+    _run_backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? gamma, Tensor? beta, bool relu, bool residual, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_batch_norm_act_backward.register_fake
@@ -450,13 +477,29 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(statistics)
 
 
-def _backward(ctx, dy: Tensor, _: Tensor):
+def _backward(ctx, dy: Tensor, _: Tensor | None):
     x, y, statistics, gamma, beta = ctx.saved_tensors
-    dx, dres, grads = torch.ops.r3d_kernels.triton_batch_norm_act_backward(
-        dy, x, y, statistics, gamma, beta, ctx.relu, ctx.residual, ctx.eps
-    )
+    # With gradients on, somebody wants those of the gradients, which the operation says it has not.
+    bare = not torch.is_grad_enabled() and is_bare(dy, x)
+    run = _run_backward if bare else torch.ops.r3d_kernels.triton_batch_norm_act_backward
+    dx, dres, grads = run(dy, x, y, statistics, gamma, beta, ctx.relu, ctx.residual, ctx.eps)
     dbeta, dgamma = (None, None) if gamma is None else grads.unbind(0)
     return dx, dgamma, dbeta, dres if ctx.residual else None, None, None
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """The operation's gradient without the operation."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # or a kernel would write zeros for the statistics, which have none
+        return output
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, _: Tensor | None):
+        return (None,) * 6 if dy is None else _backward(ctx, dy, _)

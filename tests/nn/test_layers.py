@@ -16,7 +16,7 @@ from torch import nn
 
 import r3d_kernels as r3d
 from r3d_kernels import _keeping, backends
-from r3d_kernels._layer import state_of
+from r3d_kernels._layer import LayerState, state_of
 from r3d_kernels.nn import avg_pool_linear, conv_bn_act, max_pool3d
 
 
@@ -161,6 +161,124 @@ def test_parameters_made_in_inference_mode() -> None:
             conv, *(t.double() for t in (layer.bn.running_mean, layer.bn.running_var)), eps=1e-5
         )
         assert_keeps_promise(after, want.relu())
+
+
+# ---- the short way of later calls ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_ways(monkeypatch) -> list[str]:
+    """What took the long way: every call adds one."""
+    ways: list[str] = []
+    real_why, real_run = r3d.nn._why_stock, LayerState.run
+
+    def why(*args):
+        ways.append("asked")
+        return real_why(*args)
+
+    def run(*args):
+        ways.append("ran")
+        return real_run(*args)
+
+    monkeypatch.setattr(r3d.nn, "_why_stock", why)
+    monkeypatch.setattr(LayerState, "run", run)
+    return ways
+
+
+def _hooked(layer: r3d.ConvBNAct3d) -> None:
+    layer.bn.register_forward_hook(lambda *args: None)
+
+
+def _statistics_gone(layer: r3d.ConvBNAct3d) -> None:
+    layer.bn.running_mean = layer.bn.running_var = None
+
+
+LONG = {
+    "a hook": _hooked,
+    "training": lambda m: m.bn.train(),
+    "no statistics": _statistics_gone,
+    "parametrized": lambda m: torch.nn.utils.parametrizations.weight_norm(m.conv),
+    "padding mode": lambda m: setattr(m.conv, "padding_mode", "circular"),
+    "weight": _in_place,
+    "eps": lambda m: setattr(m.bn, "eps", 0.5),
+    "stride": lambda m: setattr(m.conv, "stride", (1, 2, 1)),
+    "dtype": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("change", LONG)
+def test_what_has_changed_takes_the_long_way(change: str, long_ways) -> None:
+    layer = make_layer()
+    x = X
+    with torch.inference_mode():
+        layer(x)
+        assert long_ways == ["asked", "ran"]
+        layer(x)
+        assert long_ways == ["asked", "ran"]
+        LONG[change](layer)
+        x = x.to(layer.conv.weight.dtype)
+        layer(x)
+        assert long_ways[2] == "asked"
+    assert torch.equal(torch.no_grad()(layer)(x), torch.inference_mode()(layer)(x))
+
+
+def test_what_is_asked_for_elsewhere_takes_the_long_way(long_ways, monkeypatch) -> None:
+    layer, r = make_layer(), torch.randn(2, 12, 3, 6, 6)
+    calls = [
+        lambda: layer(X),
+        lambda: layer(X, r),
+        lambda: layer(X[:1]),
+        lambda: r3d.backend("torch")(layer)(X),
+        lambda: torch.autocast("cpu", torch.bfloat16)(layer)(X),
+        lambda: torch.autocast("cpu", torch.bfloat16)(layer)(X, r),
+    ]
+    with torch.inference_mode():
+        first = [call() for call in calls]
+        assert len(long_ways) == 2 * len(calls)
+        again = [call() for call in calls]
+        assert len(long_ways) == 2 * len(calls)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for name, value in (
+            ("R3D_KERNELS_BACKEND", "cpu"),
+            ("R3D_KERNELS_FP32", "strict"),
+            ("R3D_KERNELS_MEMORY", "fast"),
+        ):
+            del long_ways[:]
+            with monkeypatch.context() as m:
+                m.setenv(name, value)
+                layer(X)
+                assert long_ways == ["asked", "ran"]
+                layer(X)
+                m.setenv(name, "nonsense")
+                with pytest.raises(ValueError, match=name):
+                    layer(X)
+        del long_ways[:]
+        layer(X)
+        assert not long_ways
+        assert torch.vmap(lambda v: layer(v[None])[0])(X).shape == first[0].shape
+        assert long_ways == ["asked"]
+        with pytest.raises(ValueError, match="activation"):
+            conv_bn_act(X, layer.conv, layer.bn, activation="gelu")
+    x = X.clone().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_layers_of_one_pass_share_a_look_at_the_switches(monkeypatch) -> None:
+    with backends.one_pass():
+        monkeypatch.setenv("R3D_KERNELS_BACKEND", "torch")
+        assert backends.current_backend() == "auto"
+        with r3d.backend("cpu"):
+            assert backends.current_backend() == "cpu"
+    assert backends.current_backend() == "torch"
+    model = r3d.ResNet3D(3, depth=10, stem="torchvision", fused=True, widen_factor=0.1).eval()
+    seen = []
+    for value in ("cpu", "torch"):
+        monkeypatch.setenv("R3D_KERNELS_BACKEND", value)
+        with torch.inference_mode():
+            model(torch.randn(1, 3, 4, 16, 16))
+        seen.append({choice.kernel.backend for _, choice in state_of(model.layer1[0].conv1[0]).plans()})
+    assert seen == [{"cpu"}, {"cpu", "torch"}]
 
 
 # ---- copies ----------------------------------------------------------------------------------------------

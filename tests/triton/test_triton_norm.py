@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from numerics import ROUNDING, assert_keeps_promise, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r3d_kernels.triton import norm
 
@@ -165,6 +166,46 @@ def test_opcheck(affine: bool) -> None:
             *(True, True, 1e-5),
         ),
     )
+
+
+class Watch(TorchDispatchMode):
+    """The operations of ours that a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "r3d_kernels":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_operations_where_somebody_looks(residual: bool, monkeypatch) -> None:
+    """An eager call does without them: the same bits."""
+    tensors = case((2, 5, 2, 3, 4), torch.float32, residual=residual)
+    dy = torch.randn_like(tensors[0])
+    with Watch() as watch:
+        seen = run(*tensors, "relu", dy)
+    assert watch.seen == ["triton_batch_norm_act", "triton_batch_norm_act_backward"]
+    monkeypatch.setattr(torch.ops, "r3d_kernels", None)
+    bare = run(*tensors, "relu", dy)
+    with torch.no_grad():
+        y, mean, var = norm.batch_norm_act(*tensors)
+    for a, b, c in zip(seen[:3], bare[:3], (y, mean, var), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(seen[3], bare[3], strict=True))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(1, 3, 2, 3, 4, requires_grad=True)
+    y, mean, _ = norm.batch_norm_act(x)
+    assert not mean.requires_grad
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
 
 
 def test_under_compile() -> None:

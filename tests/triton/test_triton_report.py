@@ -91,7 +91,11 @@ def test_gradients_beside_cudnn() -> None:
     (row,) = data["gradients"]
     assert (row["problem"], row["count"]) == (str(problems[0][0]), 2)
     for which in ("input", "weight"):
-        assert row[which] == {"ms": {"triton": 2.0, "stock": 3.0}, "triton_is_faster_than_cudnn": 1.5}
+        assert row[which] == {
+            "ms": {"triton": 2.0, "stock": 3.0},
+            "timed": "events",
+            "triton_is_faster_than_cudnn": 1.5,
+        }
 
 
 def test_pools_through_each_backend() -> None:
