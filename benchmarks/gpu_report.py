@@ -155,7 +155,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
         # its tuner may take 15 s for each of 15 layers where few processors compile
         Section(
-            "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 60, 260, "triton"
+            "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 20, 260, "triton"
         ),
         Section("Triton: training norm", gpu_triton.triton_norm_speed, 10, 60, "triton"),
         *(speed(*which) for which in (("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8))),
