@@ -90,6 +90,7 @@ class Kernel(Protocol):
     #   compared  and held against the stock layers then
     #   prepare(requests, told)   does together, beforehand, what each would do at its first call (`prepare`)
     #   remembers(request)        tells of more keys in the tuning cache
+    #   launches  kernels that a call of it needs on a GPU; 1 where nothing is said
     #   quiet     one more tile of another kernel: why it cannot run is not told
 
 

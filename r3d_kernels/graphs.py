@@ -53,6 +53,33 @@ class _Captured:
         self._done.synchronize()
 
 
+class _Watched:
+    """Tells whether a module, its parts, parameters or buffers have changed; every replay asks, so it is cheap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        # the dictionaries themselves: going through a network's modules takes longer than a replay of its graph
+        self._parts = [m._modules for m in modules]
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._normalising = [m for m in modules if hasattr(m, "clip_mean")]
+        self._were = self._now_parts()
+
+    def _now_parts(self) -> list[Any]:
+        return [list(d.values()) for d in self._parts]
+
+    def version(self) -> Any:
+        """Something that differs after a change; None where other modules are part of it now."""
+        if self._now_parts() != self._were:
+            return None
+        tensors = [t for d in self._tensors for t in d.values() if t is not None]
+        try:
+            versions = [t._version for t in tensors]
+        except RuntimeError:  # made in inference mode, where nothing is counted
+            versions = [0 if t.is_inference() else t._version for t in tensors]
+        clips = [(m.clip_mean, m.clip_std) for m in self._normalising]
+        return [t.data_ptr() for t in tensors], versions, clips
+
+
 def _require_cuda(example: Tensor) -> None:
     if not example.is_cuda:
         raise ValueError(
@@ -87,16 +114,19 @@ class GraphedModel:
         _require_cuda(example)
         self.model = model
         self.max_shapes = max_shapes
-        self._normalising = [m for m in model.modules() if hasattr(m, "clip_mean")]
+        self._watched = _Watched(model)
         self._graphs: OrderedDict[Any, _Captured] = OrderedDict()
         self._version: Any = None
         self._lock = threading.Lock()
         self(example)
 
     def _parameters_version(self) -> Any:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        clips = tuple((m.clip_mean, m.clip_std) for m in self._normalising)
-        return clips, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        version = self._watched.version()
+        if version is None:
+            self._watched = _Watched(self.model)
+            version = self._watched.version()
+            self._version = None  # equal tensors in other modules
+        return version
 
     def __call__(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

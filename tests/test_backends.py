@@ -862,3 +862,21 @@ def test_triton_keeps_no_weight_that_a_capture_made(monkeypatch) -> None:
     assert pack.weight_for(Launch)[0] is first
     Launch.packing = None
     assert pack.weight_for(Launch) == (weight, True)
+
+
+def test_a_gpus_choice_counts_launches():
+    """Two kernels that the GPU runs a microsecond faster than ours take the host longer."""
+    request = backends.Request(
+        ConvProblem.parse("n1c64d2h7w7k64f3p1+relu"), torch.bfloat16, torch.device("cuda"), 1
+    )
+    able = [k for k in backends.KERNELS if k.name in ("wgmma", "cuDNN + bn_act", "stock")]
+
+    def winner(**seconds):
+        names = {"ours": "wgmma", "two": "cuDNN + bn_act", "four": "stock"}
+        return backends._winner(able, {names[n]: s for n, s in seconds.items()}, request).name
+
+    assert winner(ours=10e-6, two=9e-6, four=5e-6) == "wgmma"
+    assert winner(ours=100e-6, two=90e-6, four=95e-6) == "cuDNN + bn_act"
+    assert winner(ours=100e-6, two=90e-6, four=80e-6) == "stock"
+    why = backends._why("wgmma", {"wgmma": 10e-6, "cuDNN + bn_act": 9e-6})
+    assert why == "takes fewer launches than cuDNN + bn_act, which needs 10% less of the GPU's time"

@@ -104,7 +104,9 @@ def test_switches_make_graphs_of_their_own(recorded):
     assert not y.is_inference()
 
 
-@pytest.mark.parametrize("change", ["weight", "statistic", "move"])
+@pytest.mark.parametrize(
+    "change", ["weight", "statistic", "move", "parameter", "module", "new module", "buffer"]
+)
 def test_changed_parameters_are_captured_again(recorded, change):
     model = layer()
     call = graphs.graphed(model, clip())
@@ -114,12 +116,32 @@ def test_changed_parameters_are_captured_again(recorded, change):
             model[0].weight.mul_(2)
         elif change == "statistic":
             model[1].running_mean.add_(1)
-        else:
+        elif change == "move":
             model[0].weight.data = model[0].weight.data * 3
+        elif change == "parameter":
+            model[0].weight = nn.Parameter(model[0].weight * 3)
+        elif change == "module":
+            model[0] = nn.Conv3d(3, 4, 1)
+        elif change == "new module":
+            model.append(nn.ReLU())
+        else:
+            model[1].running_mean = torch.ones(4)
         assert torch.equal(call(x), model(x))
         assert torch.equal(call(x), model(x))
     assert recorded.made == before + 1
     assert recorded.released == 1
+
+
+def test_a_model_of_inference_tensors(recorded):
+    with torch.inference_mode():
+        model = layer()
+    call, x = graphs.graphed(model, clip()), clip()
+    with torch.no_grad():
+        assert torch.equal(call(x), model(x))
+        assert recorded.made == 1
+        model[0].weight = nn.Parameter(torch.ones(4, 3, 1, 1, 1))
+        assert torch.equal(call(x), model(x))
+    assert recorded.made == 2
 
 
 def test_the_packs_of_a_layer_can_be_held(monkeypatch):

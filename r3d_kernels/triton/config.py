@@ -164,7 +164,7 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 128x256x64 w8 s3 g8 k1 @90-",
         "tiled 256x128x64 w8 s3 g8 k1 @90-99",
         "boxes 128x128x64 w8 s3 g8 k1 @90-",
-        "boxes 128x256x64 w8 s3 g8 k1 @90-",
+        "boxes 128x256x64 w8 s3 g8 k1 @100-",  # on 9.0 wrong results, seen on an H200 with Triton 3.6
     ),
     ("half", "narrow"): (
         "tiled 128x64x64 w4 s3 g8 k1",
@@ -180,7 +180,7 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
         "tiled 64x128x64 w4 s3 g8 k1",
         "tiled 128x256x64 w8 s3 g8 k1 @90-",
         "boxes 128x128x64 w8 s3 g8 k1 @90-",
-        "boxes 128x256x64 w8 s3 g8 k1 @90-",
+        "boxes 128x256x64 w8 s3 g8 k1 @100-",  # on 9.0 wrong results, seen on an H200 with Triton 3.6
     ),
     ("half", "late"): (
         "tiled 64x64x64 w4 s4 g8 k1",

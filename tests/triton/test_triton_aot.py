@@ -135,7 +135,8 @@ def usual_jobs() -> list[dict]:
             jobs.append(forward(PROBLEMS[name], configs.shipped("half", name, arch)[0], "half", arch))  # noqa: PERF401
         jobs.append(forward(PROBLEMS["wide"], configs.shipped("tf32", "wide", arch)[0], "tf32", arch))
     for arch in (90, 100):
-        box = next(c for c in configs.shipped("half", "wide", arch) if c.kernel == "boxes" and c.bn == 256)
+        boxes = [c for c in configs.shipped("half", "wide", arch) if c.kernel == "boxes"]
+        box = max(boxes, key=lambda c: c.bn)
         jobs.append(forward(PROBLEMS["wide"], box, "half", arch))
     jobs += [
         forward(PROBLEMS["narrow"], configs.shipped("ieee", "narrow", 90)[0], "ieee", 90),
