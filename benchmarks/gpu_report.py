@@ -118,7 +118,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
 
     def compiled(name: str, dtype: str, batch: int, compiler: str = "compile") -> Section:
         tuned = compiler == "max-autotune"
-        return network(name, dtype, batch, (*EAGER, compiler), 90 if tuned else 40, 240 if tuned else 120)
+        return network(name, dtype, batch, (*EAGER, compiler), 80 if tuned else 40, 240 if tuned else 120)
 
     sm80 = {s.name: s for s in gpu_sm80.sections()}
     check_stem, stem_speed = gpu_stem.sections()
@@ -141,8 +141,14 @@ def plan(left: Callable[[], float]) -> list[Section]:
         graphed("r3d_18", 1),
         network("r3d_18", "bf16", 1),
         network("r3d_18", "bf16", 8),
-        compiled("r3d_18", "bf16", 32),
         network("hara_r3d_18", "bf16", 32),
+        Section("Triton: training norm", gpu_triton.triton_norm_speed, 10, 60, "triton"),
+        compiled("r3d_18", "bf16", 32),
+        # its tuner may take 15 s for each of 15 layers where few processors compile
+        Section(
+            "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 20, 260, "triton"
+        ),
+        compiled("r3d_18", "bf16", 32, "max-autotune"),
         sm80.pop("uint8 clips against float64"),
         Section("compute-sanitizer", lambda: sanitize(left), needs=45, most=150),
         Section("200 repetitions, bitwise", check_repetitions, needs=5),
@@ -151,13 +157,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("two streams", check_streams, needs=3),
         Section("bn_act speed", bn_act_speed, needs=5),
         Section("a second device", check_second_device, needs=10),
-        compiled("r3d_18", "bf16", 32, "max-autotune"),
         Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
-        # its tuner may take 15 s for each of 15 layers where few processors compile
-        Section(
-            "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 20, 260, "triton"
-        ),
-        Section("Triton: training norm", gpu_triton.triton_norm_speed, 10, 60, "triton"),
         *(speed(*which) for which in (("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8))),
         *(
             hopper(f": every tile, r3d_18 batch {n}", functools.partial(sm90_tiles, "r3d_18", n), 15)

@@ -90,7 +90,8 @@ class Kernel(Protocol):
     #   compared  and held against the stock layers then
     #   prepare(requests, told)   does together, beforehand, what each would do at its first call (`prepare`)
     #   remembers(request)        tells of more keys in the tuning cache
-    #   launches  kernels that a call of it needs on a GPU; 1 where nothing is said
+    #   host      seconds of the GPU's time that its calls have to win to make up for what they take the host: that
+    #             does not show in the GPU's time, and is all that counts where small layers wait for launches
     #   quiet     one more tile of another kernel: why it cannot run is not told
 
 

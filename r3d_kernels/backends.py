@@ -184,7 +184,7 @@ class CudnnBnAct:
 
     name = "cuDNN + bn_act"
     backend = "cuda"
-    launches = 2
+    host = 4e-6
 
     def can_run(self, request: Request) -> str | None:
         if request.device.type != "cuda":
@@ -218,6 +218,7 @@ class CudnnFused:
 
     name = "cuDNN fused"
     backend = "cuda"
+    host = 3e-6
     private = True  # has been wrong or missing in releases (pytorch#62926, #163539): tried once
     compared = True  # and held against the stock layers then
 
@@ -255,7 +256,7 @@ class Stock:
 
     name = "stock"
     backend = "torch"
-    launches = 4  # convolution, batch norm, addition, ReLU
+    host = 6e-6
 
     def can_run(self, request: Request) -> str | None:
         return None
@@ -585,20 +586,13 @@ def _price_of_memory(kernel: Kernel, request: Request) -> float:
     return price
 
 
-# Seconds of the host for one more kernel on a GPU. They do not show in the GPU's own time, and are all that counts
-# where a small layer is over before the next one is launched.
-_LAUNCH = 2e-6
-
-
 def _winner(able: list[Kernel], seconds: dict[str, float], request: Request) -> Kernel:
     """The fastest, or a preferred one close to it; memory has to be worth it where a kernel of ours does without."""
     lean = any(getattr(k, "copies_weights", None) is False for k in able)
 
     def cost(kernel: Kernel) -> float:
-        launches = getattr(kernel, "launches", 1) - 1 if request.device.type == "cuda" else 0
-        return (
-            seconds[kernel.name] * (_price_of_memory(kernel, request) if lean else 1.0) + launches * _LAUNCH
-        )
+        host = getattr(kernel, "host", 0.0) if request.device.type == "cuda" else 0.0
+        return seconds[kernel.name] * (_price_of_memory(kernel, request) if lean else 1.0) + host
 
     least = min(cost(k) for k in able)
     return next(k for k in able if cost(k) <= least * _MARGIN)
@@ -799,9 +793,9 @@ def _why(name: str, seconds: dict[str, float]) -> str:
         return "fastest"
     if behind < _MARGIN - 1:
         return f"preferred, within 3 % of {fastest}"
-    launches = {k.name: getattr(k, "launches", 1) for k in KERNELS}
-    if launches[fastest] > launches[name]:
-        return f"takes fewer launches than {fastest}, which needs {1 - 1 / (1 + behind):.0%} less of the GPU's time"
+    host = {k.name: getattr(k, "host", 0.0) for k in KERNELS}
+    if host.get(fastest, 0.0) > host.get(name, 0.0):
+        return f"takes the host less than {fastest}, which needs {1 - 1 / (1 + behind):.0%} less of the GPU's time"
     return f"takes less memory than {fastest}, which needs {1 - 1 / (1 + behind):.0%} less time"
 
 
