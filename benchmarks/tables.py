@@ -4,6 +4,7 @@
     python benchmarks/tables.py --check    # exit code 1 if that would change anything
 
 A block begins with `<!-- table: KIND FILE... -->` and ends with `<!-- end table -->`; files are in benchmarks/results.
+gpu_layers takes a second word: what the problems begin with.
 Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems; of
 a GPU's report gpu (networks), gpu_layers, gpu_stems, gpu_floors.
 """
@@ -218,11 +219,14 @@ def gpu(names: list[str]) -> str:
 
 
 def gpu_layers(names: list[str]) -> str:
-    """The layers of each network that the Hopper convolution takes."""
-    (report,) = load(names)
+    """The layers that the Hopper convolution takes."""
+    name, begin = names
+    (report,) = load([name])
     rows: dict[str, list[str]] = {}
     for data in sections(report, "matmul_tflop_per_s"):
         for row in data.get("layers", []):
+            if not row["problem"].startswith(begin):
+                continue
             ours, theirs = row["ours_us"], row["cudnn_fused_us"]
             rows[row["problem"]] = [
                 f"`{row['problem']}`",

@@ -147,15 +147,21 @@ def gpu_report(report) -> str:
 
 def test_gpu(report) -> None:
     name = gpu_report(report)
-    kinds = ("gpu", "gpu_layers", "gpu_stems", "gpu_floors")
-    text = tables.rewritten("".join(f"<!-- table: {k} {name} -->\n<!-- end table -->\n" for k in kinds))
-    assert text.count("NVIDIA X, CUDA 13.0, cuDNN 9.19.2, driver 580.1.") == 4
+    kinds = (
+        f"gpu {name}",
+        f"gpu_layers {name} n1",
+        f"gpu_layers {name} oth",
+        f"gpu_stems {name}",
+        f"gpu_floors {name}",
+    )
+    text = tables.rewritten("".join(f"<!-- table: {k} -->\n<!-- end table -->\n" for k in kinds))
+    assert text.count("NVIDIA X, CUDA 13.0, cuDNN 9.19.2, driver 580.1.") == 5
     assert (
         "| `net` | 8 | bf16 | 4.00 ms (2.00x) | 3.00 ms (1.25x) | - | **2.00 ms** | 1,234 | 8 / 8 MiB | 5.0e-03 |"
         in text
     )
     assert "| `n1c8d1h1w1k8f1` | 30 us (2.98x) | 20 us (2.00x) | **10 us** | 100 | 12% |" in text
-    assert "| `other` | 30 us (2.98x) | - |" in text
+    assert text.count("| `other` | 30 us (2.98x) | - |") == 1
     assert "| a: `p` | 99 us (9.90x) | 25 us (2.50x) | **10 us** | 40% |" in text
     assert "| speed | 1.5 | 2.0 | yes |" in text
     assert "| more | 9 | not measured | - |" in text
