@@ -14,7 +14,7 @@ from r3d_kernels import _extension
 if TYPE_CHECKING:
     from r3d_kernels._kernel import Layer, Request
 
-__all__ = ["TILES", "Sm90Cuda"]
+__all__ = ["TILES", "Sm90Cuda", "why_no_hopper"]
 
 # Pixels and channels of a tile, and the filter taps that share a load of pixels: csrc/cuda/conv3d_sm90.h.
 TILES = (
@@ -40,6 +40,23 @@ _FEWEST_CHANNELS = 16  # a quarter of a step, which always multiplies 64
 _WORTH_A_TRY = 1.25
 
 
+def why_no_hopper(request: Request) -> str | None:
+    """None, or why no Hopper kernel of ours runs the request."""
+    from r3d_kernels import backends  # it imports this module
+
+    if request.device.type != "cuda":
+        return f"needs a CUDA tensor, got {request.device.type}"
+    if not any(arch.startswith("9.0a") for arch in backends.describe()["cuda_archs"]):
+        return "was not compiled for 9.0a"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    if torch.cuda.get_device_capability(request.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"has bfloat16 and float16 only, got {request.dtype}"
+    return f"has groups=1 only, got {request.problem.groups}" if request.problem.groups != 1 else None
+
+
 class Sm90Cuda:
     """Our implicit GEMM on TMA and wgmma (csrc/cuda/conv3d_sm90.cu). Weights stay unfolded: it scales in float32.
 
@@ -61,21 +78,9 @@ class Sm90Cuda:
         self.name = "wgmma" if tile is None else "wgmma " + "x".join(map(str, TILES[tile]))
 
     def can_run(self, request: Request) -> str | None:
-        from r3d_kernels import backends  # it imports this module
-
         p = request.problem
-        if request.device.type != "cuda":
-            return f"needs a CUDA tensor, got {request.device.type}"
-        if not any(arch.startswith("9.0a") for arch in backends.describe()["cuda_archs"]):
-            return "was not compiled for 9.0a"
-        if not torch.cuda.is_available():
-            return "there is no CUDA device here"
-        if torch.cuda.get_device_capability(request.device) != (9, 0):
-            return "needs a GPU of compute capability 9.0"
-        if request.dtype not in (torch.bfloat16, torch.float16):
-            return f"has bfloat16 and float16 only, got {request.dtype}"
-        if p.groups != 1:
-            return f"has groups=1 only, got {p.groups}"
+        if (why_not := why_no_hopper(request)) is not None:
+            return why_not
         if p.c < _FEWEST_CHANNELS:
             return f"multiplies 64 channels at a time, more than it is worth for {p.c}"
         why_not = torch.ops.r3d_kernels.conv3d_sm90_refuses(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from r3d_kernels._sm90 import why_no_hopper
+
 if TYPE_CHECKING:
     from r3d_kernels._kernel import Layer, Request
     from r3d_kernels.ops.clip import ClipSource
@@ -28,21 +30,9 @@ class Sm90Stem:
     compared = True  # and held against the stock layers then
 
     def can_run(self, request: Request) -> str | None:
-        from r3d_kernels import backends  # it imports this module
-
         p = request.problem
-        if request.device.type != "cuda":
-            return f"needs a CUDA tensor, got {request.device.type}"
-        if not any(arch.startswith("9.0a") for arch in backends.describe()["cuda_archs"]):
-            return "was not compiled for 9.0a"
-        if not torch.cuda.is_available():
-            return "there is no CUDA device here"
-        if torch.cuda.get_device_capability(request.device) != (9, 0):
-            return "needs a GPU of compute capability 9.0"
-        if request.dtype not in (torch.bfloat16, torch.float16):
-            return f"has bfloat16 and float16 only, got {request.dtype}"
-        if p.groups != 1:
-            return f"has groups=1 only, got {p.groups}"
+        if (why_not := why_no_hopper(request)) is not None:
+            return why_not
         if p.residual:
             return "adds no residual"
         geometry = (p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation)

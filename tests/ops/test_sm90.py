@@ -87,19 +87,6 @@ def test_what_it_says_before_it_asks_for_a_gpu(monkeypatch):
     assert kernel.can_run(request()) == "was not compiled for 9.0a"
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine that looks like one with a Hopper GPU."""
-    monkeypatch.setattr(backends, "describe", lambda: {"cuda_archs": ["8.0", "9.0a+PTX"]})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(conv3d_sm90, "proven", {})
-    monkeypatch.setattr(conv3d_sm90, "refused", {})
-
-
 def test_only_tiles_that_pass_their_trial_are_used(hopper, monkeypatch):
     errors = {1: 3.0, 4: float("inf")}
     asked = []

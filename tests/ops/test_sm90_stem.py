@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import r3d_kernels.ops
 from r3d_kernels import _extension, backends
 from r3d_kernels._sm90_stem import Sm90Stem
-from r3d_kernels.ops import conv3d_sm90, conv3d_sm90_stem
+from r3d_kernels.ops import conv3d_sm90_stem
 from r3d_kernels.problems import ConvProblem
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason="the compiled library is missing")
@@ -85,19 +85,6 @@ def test_it_is_one_of_the_kernels():
 
 def request(text=HARA, dtype=torch.bfloat16, device="cuda:0"):
     return backends.Request(ConvProblem.parse(text), dtype, torch.device(device), 1)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine that looks like one with a Hopper GPU."""
-    monkeypatch.setattr(backends, "describe", lambda: {"cuda_archs": ["8.0", "9.0a+PTX"]})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(conv3d_sm90, "refused", {})
-    monkeypatch.setattr(conv3d_sm90_stem, "proven", {})
 
 
 def test_what_it_takes(hopper, monkeypatch):
