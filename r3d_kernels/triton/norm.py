@@ -2,9 +2,13 @@
 
 Two passes each way: one over x for the statistics and one that writes y; one over x, y and dy for the sums and one
 that writes dx and dresidual. y tells where the ReLU let something through; without a residual it follows from x, and is
-not read. Statistics are merged by the parallel algorithm of Chan, Golub and LeVeque ("Algorithms
-for computing the sample variance", 1983), so that a mean far above the standard deviation costs no digits. Sums are
-float32 in a fixed order: the same call gives the same bits.
+not read. Statistics are sums of differences from a mean of a few of the data, merged by the parallel algorithm of Chan,
+Golub and LeVeque ("Algorithms for computing the sample variance", 1983), so that a mean far above the standard
+deviation costs no digits. Sums are float32 in a fixed order: the same call gives the same bits.
+
+With two bytes a value arithmetic counts: what is done for each tile (reductions, masks, square roots) took longer than
+the tile's way from memory. A pass that writes goes backwards through the tensors, since what the pass before it read
+last is still in the L2 cache.
 
 The operations are opaque to torch.compile and no `torch.library.triton_op`: that would put the launches into the graph,
 which saves the dispatch of an operation (benchmarks/launch_overhead.py) and nothing on the GPU, since inductor fuses
@@ -16,6 +20,7 @@ proves.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,63 +33,116 @@ from r3d_kernels.triton.launch import Launch, channels_last, check_operand, is_b
 
 __all__ = ["batch_norm_act"]
 
-# Programs of a pass that sums. A program has one tile under way while it adds up another, and a fast memory wants more
-# bytes under way than a few programs a multiprocessor have: about 20 KiB on an H200 (4.8 TB/s, half a microsecond).
-_PROGRAMS = 1024
-_ROWS = 64  # of a tile: the rows of a program are read in tiles
+# Of a pass that sums, by bytes of a value: rows of a tile of 64 channels, and programs. All are there at once on the
+# 132 multiprocessors of an H200 (as many on each as registers allow), so that the pass goes through the tensors in
+# order. Each has its next tile on the way while it adds one up: 40 KiB a multiprocessor and more, where 4.8 TB/s and
+# three quarters of a microsecond want about 30.
+_STATISTICS = {2: (64, 5 * 132), 4: (64, 4 * 132)}
+_GRADIENT_SUMS = {2: (32, 5 * 132), 4: (32, 4 * 132)}
+# Of a pass that writes: rows of a tile. A program takes the same bytes whatever the type.
+_WRITING = {2: 128, 4: 64}
 
 
 # ---- kernels: x is [M, C], pixels by channels ----
+#
+# A part is every `parts`-th tile of BM rows. Sums are kept for BM * BC / FOLD rows of a tile, which a thread adds up
+# among its own values; threads meet once, behind the loop. Whole tiles need no mask of rows, and where BC divides C
+# (EVEN) none of columns. What a mask leaves out of a load is undefined, and neither stored nor added.
 
 
 @triton.jit
-def _tile_of(start, end, cols, C, BM: tl.constexpr, WIDE: tl.constexpr):
-    rows = start + tl.arange(0, BM)
-    mask = (rows < end)[:, None] & (cols < C)[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-    return (rows * C)[:, None] + cols[None, :], mask
+def _offsets(C, cols, BM: tl.constexpr):
+    """Of a tile, from its first row."""
+    return (tl.arange(0, BM) * C)[:, None] + cols[None, :]
 
 
-@triton.jit(do_not_specialize=["M", "per_part"])
+@triton.jit
+def _at(ptr, tile, C, BM: tl.constexpr):
+    """The first row of a tile, which may be beyond 2^31 values."""
+    return ptr + (tile * BM).to(tl.int64) * C
+
+
+@triton.jit
+def _whole(ptr, tile, tiles, C, cols, offsets, BM: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of rows that are all there; undefined from the number of `tiles` on."""
+    mask = tile + tl.zeros((1, 1), tl.int32) < tiles  # the interpreter makes no mask of a number
+    if not EVEN:
+        mask = mask & (cols < C)[None, :]
+    return tl.load(_at(ptr, tile, C, BM) + offsets, mask=mask)
+
+
+@triton.jit
+def _there(tile, M, C, cols, BM: tl.constexpr, EVEN: tl.constexpr):
+    """The mask of a tile that may end beyond the last row."""
+    mask = (tile * BM + tl.arange(0, BM) < M)[:, None]
+    if not EVEN:
+        mask = mask & (cols < C)[None, :]
+    return mask
+
+
+@triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    """Adds up the rows of a tile that one thread holds."""
+    return tl.sum(tl.reshape(x, (FOLD, x.shape[0] // FOLD, x.shape[1])), axis=0)
+
+
+@triton.jit
+def _rows_of(part, parts, M, BM: tl.constexpr):
+    """The rows of a part: its whole tiles, and what is left behind the last whole one of all."""
+    tiles = M // BM
+    return (tiles - part + parts - 1) // parts * BM + tl.where(part == tiles % parts, M - tiles * BM, 0)
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
 def _statistics(
     x_ptr,
     mean_ptr,  # float32 [parts, C]: less the first row
     var_ptr,  # float32 [parts, C]: sums of squared differences from the part's mean
     M,
     C,
-    per_part,
-    WIDE: tl.constexpr,
+    parts,
+    EVEN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    """Mean and squared differences of a part of the rows."""
+    """Mean and squared differences of a part of the rows.
+
+    Differences are taken from the mean of the part's first tile. Its rows are among the data: that mean is at most
+    sqrt(n / BM) deviations of the part from the mean of its n rows, so that the difference of sums at the end loses a
+    factor of 1 + n / BM at worst, and next to nothing where the first tile is like the others.
+    """
     part = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    begin = part * per_part
-    end = tl.minimum(begin + per_part, M)
-    mean = tl.zeros((BC,), tl.float32)
-    squares = tl.zeros((BC,), tl.float32)
-    # All parts take differences from the first row: the mean may be far from zero. That row is among the data, so it is
-    # at most sqrt(M) deviations from the mean.
-    pivot = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    for start in range(begin, end, BM):
-        offsets, mask = _tile_of(start, end, cols, C, BM, WIDE)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(end - start, BM).to(tl.float32)
-        before = (start - begin).to(tl.float32)
-        shifted = tl.where(mask, x - pivot[None, :], 0.0)
-        tile_mean = tl.sum(shifted, axis=0) / count
-        apart = tl.where(mask, shifted - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
-        share = count / (before + count)
-        mean += delta * share
-        squares += tl.sum(apart * apart, axis=0) + delta * delta * (before * share)
-    tl.store(mean_ptr + part * C + cols, mean, mask=cols < C)
-    tl.store(var_ptr + part * C + cols, squares, mask=cols < C)
+    offsets = _offsets(C, cols, BM)
+    tiles = M // BM
+    x = tl.load(_at(x_ptr, part, C, BM) + offsets, mask=_there(part, M, C, cols, BM, EVEN), other=0.0)
+    first = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    pivot = tl.sum(x.to(tl.float32), axis=0) / tl.minimum(M - part * BM, BM).to(tl.float32)
+    sums = tl.zeros((BM // FOLD, BC), tl.float32)
+    squares = tl.zeros((BM // FOLD, BC), tl.float32)
+    for tile in range(part, tiles, parts):
+        following = _whole(x_ptr, tile + parts, tiles, C, cols, offsets, BM, EVEN)
+        apart = x.to(tl.float32) - pivot[None, :]
+        sums += _fold(apart, FOLD)
+        squares += _fold(apart * apart, FOLD)
+        x = following
+    if part == tiles % parts:
+        mask = _there(tiles, M, C, cols, BM, EVEN)
+        x = tl.load(_at(x_ptr, tiles, C, BM) + offsets, mask=mask, other=0.0)
+        apart = tl.where(mask, x.to(tl.float32) - pivot[None, :], 0.0)
+        sums += _fold(apart, FOLD)
+        squares += _fold(apart * apart, FOLD)
+    total = tl.sum(sums, axis=0)
+    mean = total / _rows_of(part, parts, M, BM).to(tl.float32)
+    square = tl.sum(squares, axis=0) - total * mean
+    square = tl.where(square < 0.0, 0.0, square)  # rounding; not a number stays one
+    # All means are kept as differences from one row, which is among the data as well: the mean may be far from zero.
+    tl.store(mean_ptr + part * C + cols, (pivot - first) + mean, mask=cols < C)
+    tl.store(var_ptr + part * C + cols, square, mask=cols < C)
 
 
-@triton.jit(do_not_specialize=["M", "parts", "per_part"])
+@triton.jit(do_not_specialize=["M", "parts"])
 def _merge_statistics(
     x_ptr,
     mean_ptr,
@@ -93,7 +151,7 @@ def _merge_statistics(
     M,
     C,
     parts,
-    per_part,
+    BM: tl.constexpr,
     PARTS: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -106,7 +164,7 @@ def _merge_statistics(
     pivot = tl.load(x_ptr + cols, mask=c_ok, other=0.0).to(tl.float32)
     means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     squares = tl.load(var_ptr + offsets, mask=mask, other=0.0)
-    counts = tl.where(part < parts, tl.minimum(M - part * per_part, per_part), 0).to(tl.float32)[:, None]
+    counts = tl.where(part < parts, _rows_of(part, parts, M, BM), 0).to(tl.float32)[:, None]
     total = M.to(tl.float32)
     mean = tl.sum(means * counts, axis=0) / total
     apart = means - mean[None, :]
@@ -129,51 +187,102 @@ def _apply(
     AFFINE: tl.constexpr,
     HAS_RES: tl.constexpr,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
     """y = act((x - mean) / sqrt(variance + eps) * gamma + beta + residual)"""
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    c_ok = cols < C
-    offsets, mask = _tile_of(tl.program_id(0) * BM, M, cols, C, BM, WIDE)
-    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    scale, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
-    # (x - mean) first: x * scale + shift would lose what a large mean cancels
-    y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-    if HAS_RES:
-        y += tl.load(res_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        y = tl.where(y < 0.0, 0.0, y)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE: tl.constexpr):
-    """What (x - mean) is multiplied by, and what is added."""
-    if AFFINE:
-        scale *= tl.load(gamma_ptr + cols, mask=c_ok, other=0.0)
-        shift = tl.load(beta_ptr + cols, mask=c_ok, other=0.0)
+    tile = _last_first()
+    if EVEN and (tile + 1) * BM <= M:
+        _apply_to(
+            *(x_ptr, mean_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr),
+            *(tile, M, C, eps, AFFINE, HAS_RES, RELU, True, EVEN, BM, BC),
+        )
     else:
-        shift = tl.zeros(scale.shape, tl.float32)
-    return scale, shift
+        _apply_to(
+            *(x_ptr, mean_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr),
+            *(tile, M, C, eps, AFFINE, HAS_RES, RELU, False, EVEN, BM, BC),
+        )
 
 
 @triton.jit
-def _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, scale, shift, RELU: tl.constexpr):
+def _apply_to(
+    x_ptr,
+    mean_ptr,
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    tile,
+    M,
+    C,
+    eps,
+    AFFINE: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """A tile; all its loads come first: a mask for each would make the compiler put some of them behind others."""
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    offsets = _offsets(C, cols, BM)
+    mask = None if WHOLE else _there(tile, M, C, cols, BM, EVEN)
+    x = tl.load(_at(x_ptr, tile, C, BM) + offsets, mask=mask)
+    if HAS_RES:
+        res = tl.load(_at(res_ptr, tile, C, BM) + offsets, mask=mask)
+    mean, _, factor, shift = _columns(mean_ptr, gamma_ptr, beta_ptr, C, cols, eps, AFFINE, EVEN)
+    # (x - mean) first: x * factor + shift would lose what a large mean cancels
+    y = (x.to(tl.float32) - mean[None, :]) * factor[None, :] + shift[None, :]
+    if HAS_RES:
+        y += res.to(tl.float32)
+    if RELU:
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(_at(y_ptr, tile, C, BM) + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _last_first():
+    """The tile of a program, in the order opposite to that of the pass before."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
+def _vector(ptr, C, cols, EVEN: tl.constexpr):
+    return tl.load(ptr + cols, mask=None if EVEN else cols < C)
+
+
+@triton.jit
+def _columns(mean_ptr, gamma_ptr, beta_ptr, C, cols, eps, AFFINE: tl.constexpr, EVEN: tl.constexpr):
+    """Mean, 1 / deviation, what (x - mean) is multiplied by, and what is added."""
+    mean = _vector(mean_ptr, C, cols, EVEN)
+    scale = tl.rsqrt(_vector(mean_ptr + C, C, cols, EVEN) + eps)
+    if AFFINE:
+        factor = scale * _vector(gamma_ptr, C, cols, EVEN)
+        shift = _vector(beta_ptr, C, cols, EVEN)
+    else:
+        factor = scale
+        shift = tl.zeros(scale.shape, tl.float32)
+    return mean, scale, factor, shift
+
+
+@triton.jit
+def _before_relu(dy, x, y, apart, factor, shift, RELU: tl.constexpr):
     """dz: dy where the ReLU let something through, 0 elsewhere."""
-    dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = dy.to(tl.float32)
     if RELU == "y":
-        dz = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0.0, dz, 0.0)
+        dz = tl.where(y.to(tl.float32) > 0.0, dz, 0.0)
     elif RELU == "x":
-        y = apart * scale[None, :] + shift[None, :]
-        dz = tl.where(y.to(x_ptr.dtype.element_ty).to(tl.float32) > 0.0, dz, 0.0)  # rounded as y was
+        y = apart * factor[None, :] + shift[None, :]
+        # y was rounded: float16 makes 0 of half its least number, and bfloat16 only of what is next to float32's.
+        # As a comparison, because the compiler takes a cast there and back for nothing.
+        least: tl.constexpr = 2.9802322387695312e-08 if x.dtype == tl.float16 else 0.0
+        dz = tl.where(y > least, dz, 0.0)
     return dz
 
 
-@triton.jit(do_not_specialize=["M", "per_part", "eps"])
+@triton.jit(do_not_specialize=["M", "parts", "eps"])
 def _gradient_sums(
     x_ptr,
     y_ptr,
@@ -185,32 +294,50 @@ def _gradient_sums(
     M,
     C,
     parts,
-    per_part,
     eps,
     AFFINE: tl.constexpr,
     RELU: tl.constexpr,  # "": none; "y", "x": what tells where it let something through
-    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     part = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    c_ok = cols < C
-    begin = part * per_part
-    end = tl.minimum(begin + per_part, M)
-    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
-    factor, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
-    dbeta = tl.zeros((BC,), tl.float32)
-    dgamma = tl.zeros((BC,), tl.float32)
-    for start in range(begin, end, BM):
-        offsets, mask = _tile_of(start, end, cols, C, BM, WIDE)
-        apart = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-        dz = _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, factor, shift, RELU)
-        dbeta += tl.sum(dz, axis=0)
-        dgamma += tl.sum(dz * (apart * scale[None, :]), axis=0)
-    tl.store(sums_ptr + part * C + cols, dbeta, mask=c_ok)
-    tl.store(sums_ptr + (parts + part) * C + cols, dgamma, mask=c_ok)
+    offsets = _offsets(C, cols, BM)
+    tiles = M // BM
+    x = _whole(x_ptr, part, tiles, C, cols, offsets, BM, EVEN)
+    y = x
+    dy = _whole(dy_ptr, part, tiles, C, cols, offsets, BM, EVEN)
+    if RELU == "y":
+        y = _whole(y_ptr, part, tiles, C, cols, offsets, BM, EVEN)
+    mean, scale, factor, shift = _columns(mean_ptr, gamma_ptr, beta_ptr, C, cols, eps, AFFINE, EVEN)
+    dbeta = tl.zeros((BM // FOLD, BC), tl.float32)
+    dgamma = tl.zeros((BM // FOLD, BC), tl.float32)
+    for tile in range(part, tiles, parts):
+        next_x = _whole(x_ptr, tile + parts, tiles, C, cols, offsets, BM, EVEN)
+        next_y = next_x
+        next_dy = _whole(dy_ptr, tile + parts, tiles, C, cols, offsets, BM, EVEN)
+        if RELU == "y":
+            next_y = _whole(y_ptr, tile + parts, tiles, C, cols, offsets, BM, EVEN)
+        apart = x.to(tl.float32) - mean[None, :]
+        dz = _before_relu(dy, x, y, apart, factor, shift, RELU)
+        dbeta += _fold(dz, FOLD)
+        dgamma += _fold(dz * apart, FOLD)
+        x, y, dy = next_x, next_y, next_dy
+    if part == tiles % parts:
+        mask = _there(tiles, M, C, cols, BM, EVEN)
+        x = tl.load(_at(x_ptr, tiles, C, BM) + offsets, mask=mask, other=0.0)
+        y = x
+        dy = tl.load(_at(dy_ptr, tiles, C, BM) + offsets, mask=mask, other=0.0)  # which adds nothing
+        if RELU == "y":
+            y = tl.load(_at(y_ptr, tiles, C, BM) + offsets, mask=mask, other=0.0)
+        apart = x.to(tl.float32) - mean[None, :]
+        dz = _before_relu(dy, x, y, apart, factor, shift, RELU)
+        dbeta += _fold(dz, FOLD)
+        dgamma += _fold(dz * apart, FOLD)
+    tl.store(sums_ptr + part * C + cols, tl.sum(dbeta, axis=0), mask=cols < C)
+    tl.store(sums_ptr + (parts + part) * C + cols, tl.sum(dgamma, axis=0) * scale, mask=cols < C)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -241,52 +368,107 @@ def _input_gradient(
     AFFINE: tl.constexpr,
     HAS_RES: tl.constexpr,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
     """dx = gamma * scale * (dz - (dbeta + normalised x * dgamma) / M), dresidual = dz"""
+    tile = _last_first()
+    if EVEN and (tile + 1) * BM <= M:
+        _input_gradient_of(
+            *(x_ptr, y_ptr, dy_ptr, mean_ptr, gamma_ptr, beta_ptr, grads_ptr, dx_ptr, dres_ptr),
+            *(tile, M, C, eps, AFFINE, HAS_RES, RELU, True, EVEN, BM, BC),
+        )
+    else:
+        _input_gradient_of(
+            *(x_ptr, y_ptr, dy_ptr, mean_ptr, gamma_ptr, beta_ptr, grads_ptr, dx_ptr, dres_ptr),
+            *(tile, M, C, eps, AFFINE, HAS_RES, RELU, False, EVEN, BM, BC),
+        )
+
+
+@triton.jit
+def _input_gradient_of(
+    x_ptr,
+    y_ptr,
+    dy_ptr,
+    mean_ptr,
+    gamma_ptr,
+    beta_ptr,
+    grads_ptr,
+    dx_ptr,
+    dres_ptr,
+    tile,
+    M,
+    C,
+    eps,
+    AFFINE: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    c_ok = cols < C
-    offsets, mask = _tile_of(tl.program_id(0) * BM, M, cols, C, BM, WIDE)
-    mean = tl.load(mean_ptr + cols, mask=c_ok, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.load(mean_ptr + C + cols, mask=c_ok, other=1.0) + eps)
-    rows = M.to(tl.float32)
-    dbeta = tl.load(grads_ptr + cols, mask=c_ok, other=0.0) / rows
-    dgamma = tl.load(grads_ptr + C + cols, mask=c_ok, other=0.0) / rows
-    factor, shift = _affine(gamma_ptr, beta_ptr, cols, c_ok, scale, AFFINE)
-    apart = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    dz = _before_relu(dy_ptr, x_ptr, y_ptr, offsets, mask, apart, factor, shift, RELU)
+    offsets = _offsets(C, cols, BM)
+    mask = None if WHOLE else _there(tile, M, C, cols, BM, EVEN)
+    x = tl.load(_at(x_ptr, tile, C, BM) + offsets, mask=mask)
+    y = x
+    dy = tl.load(_at(dy_ptr, tile, C, BM) + offsets, mask=mask)
+    if RELU == "y":
+        y = tl.load(_at(y_ptr, tile, C, BM) + offsets, mask=mask)
+    mean, scale, factor, shift = _columns(mean_ptr, gamma_ptr, beta_ptr, C, cols, eps, AFFINE, EVEN)
+    share = 1.0 / M.to(tl.float32)
+    constant = _vector(grads_ptr, C, cols, EVEN) * share
+    slope = _vector(grads_ptr + C, C, cols, EVEN) * share * scale
+    apart = x.to(tl.float32) - mean[None, :]
+    dz = _before_relu(dy, x, y, apart, factor, shift, RELU)
     if HAS_RES:
-        tl.store(dres_ptr + offsets, dz.to(dres_ptr.dtype.element_ty), mask=mask)
-    normal = apart * scale[None, :]
-    dx = (dz - dbeta[None, :] - normal * dgamma[None, :]) * factor[None, :]
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(_at(dres_ptr, tile, C, BM) + offsets, dz.to(dres_ptr.dtype.element_ty), mask=mask)
+    dx = (dz - constant[None, :] - apart * slope[None, :]) * factor[None, :]
+    tl.store(_at(dx_ptr, tile, C, BM) + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launches ----
 
 
 class _Plan:
-    """Grids and sizes for one shape."""
+    """Grids and sizes for one shape and size of a value."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], size: int) -> None:
         n, self.c, *space = shape
         self.m = n * space[0] * space[1] * space[2]
-        if self.m >= 2**31 - _PROGRAMS * _ROWS:  # the last part may end as far beyond
+        if self.m >= 2**31 - 2**17:  # rows of tiles that are asked for, and not there
             raise ValueError(f"x: expected fewer than 2^31 pixels, got {self.m}")
-        self.wide = self.m * self.c >= 2**31
         self.bc = min(64, max(16, triton.next_power_of_2(self.c)))
-        blocks = triton.cdiv(self.c, self.bc)
-        # At least two tiles a part; what is left for the last kernel to add stays small.
-        parts = max(1, min(_PROGRAMS // blocks, self.m // (2 * _ROWS)))
-        self.per_part = triton.cdiv(triton.cdiv(self.m, parts), _ROWS) * _ROWS
-        self.parts = triton.cdiv(self.m, self.per_part)
-        self.sums = (self.parts, blocks)
+        self.blocks = triton.cdiv(self.c, self.bc)
         self.merge = triton.cdiv(self.c, 8)
-        self.elements = (triton.cdiv(self.m, _ROWS), blocks)
-        self.tiles = {"WIDE": self.wide, "BM": _ROWS, "BC": self.bc, "num_warps": 4}
-        self.merging = {"PARTS": triton.next_power_of_2(self.parts), "BC": 8, "num_warps": 4}
+        self.even = self.c % self.bc == 0
+        self.statistics = self._summing(*_STATISTICS[size])
+        self.gradients = self._summing(*_GRADIENT_SUMS[size])
+        rows = _WRITING[size]
+        if self.m // rows * self.blocks < 4 * 132:  # too few programs for the machine
+            rows = 64
+        self.elements = (triton.cdiv(self.m, rows), self.blocks)
+        self.tiles = {"EVEN": self.even, "BM": rows, "BC": self.bc, "num_warps": 4}
+
+    def _summing(self, rows: int, programs: int) -> _Summing:
+        rows *= 64 // self.bc
+        # At least 128 rows a part; what is left for the last kernel to add stays small.
+        parts = max(1, min(programs // self.blocks, self.m // max(128, rows)))
+        fold = rows * self.bc // 1024  # 8 sums a thread
+        tiles = {"EVEN": self.even, "BM": rows, "BC": self.bc, "FOLD": fold, "num_warps": 4}
+        merging = {"PARTS": triton.next_power_of_2(parts), "BC": 8, "num_warps": 4}
+        return _Summing(parts, (parts, self.blocks), tiles, merging)
+
+
+class _Summing(NamedTuple):
+    """A pass that sums in parts."""
+
+    parts: int
+    grid: tuple[int, int]
+    tiles: dict[str, Any]
+    merging: dict[str, Any]
 
 
 _plan = lru_cache(maxsize=1024)(_Plan)
@@ -295,12 +477,15 @@ _plan = lru_cache(maxsize=1024)(_Plan)
 class _Forward:
     """The launches of a forward pass, prepared once."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: bool) -> None:
-        p = _plan(shape)
-        self.part_shape, self.c = (p.parts, p.c), p.c
-        self.statistics = Launch(_statistics, p.sums, (p.m, p.c, p.per_part), p.tiles)
-        sizes = (p.m, p.c, p.parts, p.per_part)
-        self.merge = Launch(_merge_statistics, (p.merge,), sizes, p.merging)
+    def __init__(
+        self, shape: tuple[int, ...], size: int, eps: float, affine: bool, residual: bool, relu: bool
+    ) -> None:
+        p = _plan(shape, size)
+        s = p.statistics
+        self.part_shape, self.c = (s.parts, p.c), p.c
+        self.statistics = Launch(_statistics, s.grid, (p.m, p.c, s.parts), s.tiles)
+        merging = {"BM": s.tiles["BM"], **s.merging}
+        self.merge = Launch(_merge_statistics, (p.merge,), (p.m, p.c, s.parts), merging)
         how = {"AFFINE": affine, "HAS_RES": residual, "RELU": relu, **p.tiles}
         self.apply = Launch(_apply, p.elements, (p.m, p.c, eps), how)
 
@@ -308,12 +493,15 @@ class _Forward:
 class _Backward:
     """The launches of a backward pass, prepared once."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, residual: bool, relu: str) -> None:
-        p = _plan(shape)
-        self.parts_shape, self.c = (2, p.parts, p.c), p.c
-        sizes = (p.m, p.c, p.parts, p.per_part, eps)
-        self.sums = Launch(_gradient_sums, p.sums, sizes, {"AFFINE": affine, "RELU": relu, **p.tiles})
-        self.merge = Launch(_merge_sums, (p.merge, 2), (p.c, p.parts), p.merging)
+    def __init__(
+        self, shape: tuple[int, ...], size: int, eps: float, affine: bool, residual: bool, relu: str
+    ) -> None:
+        p = _plan(shape, size)
+        s = p.gradients
+        self.parts_shape, self.c = (2, s.parts, p.c), p.c
+        how = {"AFFINE": affine, "RELU": relu, **s.tiles}
+        self.sums = Launch(_gradient_sums, s.grid, (p.m, p.c, s.parts, eps), how)
+        self.merge = Launch(_merge_sums, (p.merge, 2), (p.c, s.parts), s.merging)
         how = {"AFFINE": affine, "HAS_RES": residual, "RELU": relu, **p.tiles}
         self.gradient = Launch(_input_gradient, p.elements, (p.m, p.c, eps), how)
 
@@ -394,7 +582,7 @@ def _run(
     """y, and mean and variance as [2, C]."""
     _checked(x, gamma, beta, residual)
     affine, has_res = gamma is not None, residual is not None
-    run = _forward(tuple(x.shape), eps, affine, has_res, activation == "relu")
+    run = _forward(tuple(x.shape), x.element_size(), eps, affine, has_res, activation == "relu")
     x = channels_last(x)
     y = torch.empty_like(x, memory_format=torch.channels_last_3d)
     statistics = torch.empty((2, run.c), dtype=torch.float32, device=x.device)
@@ -438,7 +626,7 @@ def _run_backward(
     if relu and residual and not has_y:
         raise ValueError("y: expected a tensor where there were a residual and a ReLU, got None")
     mask = "" if not relu else "y" if has_y else "x"
-    run = _backward_of(tuple(x.shape), eps, affine, residual, mask)
+    run = _backward_of(tuple(x.shape), x.element_size(), eps, affine, residual, mask)
     x, dy = channels_last(x), channels_last(dy)
     y = channels_last(y) if mask == "y" else x
     dx = torch.empty_like(x, memory_format=torch.channels_last_3d)

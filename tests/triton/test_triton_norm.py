@@ -66,7 +66,7 @@ def test_forward_and_backward(shape, dtype, residual, activation, affine) -> Non
             assert_keeps_promise(ours, theirs, magnitude=dy.double().norm().item()), name
 
 
-@pytest.mark.parametrize(("mean", "std"), [(1e3, 1.0), (-3e4, 1.0), (1e4, 1e-1)])
+@pytest.mark.parametrize(("mean", "std"), [(1e3, 1.0), (1e4, 1.0), (-3e4, 1.0), (1e4, 1e-1)])
 def test_a_mean_far_above_the_deviation(mean: float, std: float) -> None:
     """Where the mean square minus the squared mean has no digits left; rows enough for several parts."""
     x, gamma, beta, _ = case((2, 5, 9, 15, 16), torch.float32, mean, std, residual=False)
@@ -98,29 +98,51 @@ def test_without_a_residual_the_output_is_not_kept() -> None:
         )
 
 
-def test_many_parts() -> None:
-    plan = norm._plan((2, 5, 9, 15, 16))
-    assert plan.parts > 2
-    assert plan.parts * plan.per_part >= plan.m > (plan.parts - 1) * plan.per_part
+@pytest.mark.parametrize("far", [-30.0, 1e3, 1e5])
+def test_a_first_tile_far_from_the_rest(far: float, monkeypatch) -> None:
+    """Differences are taken from its mean: what cancels is at most the number of tiles of a part."""
+    monkeypatch.setitem(norm._STATISTICS, 4, (64, 2))
+    norm._plan.cache_clear()
+    try:
+        x = torch.randn(1, 64, 1, 1, 7 * 64 + 20)
+        x[..., :64] += far
+        _, mean, var = norm.batch_norm_act(x, activation=None)
+        assert norm._plan(tuple(x.shape), 4).statistics.parts == 2
+    finally:
+        norm._plan.cache_clear()
+    wide = x.double()
+    assert relative_error(var, wide.var((0, 2, 3, 4), unbiased=False)) < 2e-6
+    assert relative_error(mean, wide.mean((0, 2, 3, 4))) < 1e-6
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_many_parts(size: int) -> None:
+    """Each has at least one tile, or what is left behind the last whole one."""
+    plan = norm._plan((2, 5, 9, 15, 16), size)
+    for summing in (plan.statistics, plan.gradients):
+        assert summing.parts > 2
+        assert summing.parts <= -(-plan.m // summing.tiles["BM"])
+
+
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     ("shape", "least"),
     [
-        ((8, 64, 16, 56, 56), 890),
-        ((8, 128, 8, 28, 28), 700),
+        ((8, 64, 16, 56, 56), 528),
+        ((8, 128, 8, 28, 28), 528),
         ((8, 256, 4, 14, 14), 190),
         ((8, 512, 2, 7, 7), 40),
     ],
 )
-def test_a_pass_fills_the_machine(shape: tuple[int, ...], least: int) -> None:
-    """The layers of a network have programs enough for 132 multiprocessors, as far as they have rows."""
-    plan = norm._plan(shape)
-    parts, blocks = plan.sums
-    assert parts * blocks >= least
-    assert blocks * plan.bc >= plan.c
-    assert parts * plan.per_part >= plan.m > (parts - 1) * plan.per_part
-    assert parts <= plan.merging["PARTS"] <= 1024  # which one program adds up
+def test_a_pass_fills_the_machine(shape: tuple[int, ...], least: int, size: int) -> None:
+    """The layers of a network have four programs for each of 132 multiprocessors, as far as they have rows."""
+    plan = norm._plan(shape, size)
+    for summing in (plan.statistics, plan.gradients):
+        parts, blocks = summing.grid
+        assert parts * blocks >= least
+        assert blocks * plan.bc >= plan.c
+        assert parts <= summing.merging["PARTS"] <= 1024  # which one program adds up
+    assert plan.elements[0] * plan.tiles["BM"] >= plan.m
 
 
 def test_same_bits_every_time() -> None:
