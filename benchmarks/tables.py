@@ -256,17 +256,15 @@ def gpu_stems(names: list[str]) -> str:
 
 
 def gpu_floors(names: list[str]) -> str:
-    (report,) = load(names)
-    rows = [
-        [
-            row["what"],
-            f"{row['at_least']:,}",
-            str(row["value"]),
-            {True: "yes", False: "no"}.get(row["holds"], "-"),
-        ]
-        for row in report["floors"]
-    ]
-    return gpu_source(report) + table(["what", "at least", "measured", "holds"], rows)
+    """What several reports of one GPU have measured; the first that has a value counts."""
+    reports = load(names)
+    rows = []
+    for each in zip(*(report["floors"] for report in reports), strict=True):
+        row = next((row for row in each if row["holds"] != "not measured"), each[0])
+        holds = {True: "yes", False: "no"}.get(row["holds"], "-")
+        rows.append([row["what"], f"{row['at_least']:,}", str(row["value"]), holds])
+    head = ["what", "at least", "measured", "holds"]
+    return "".join(gpu_source(report).rstrip("\n") for report in reports) + "\n\n" + table(head, rows)
 
 
 KINDS = {
