@@ -144,6 +144,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         network("hara_r3d_18", "bf16", 32),
         Section("Triton: training norm", gpu_triton.triton_norm_speed, 10, 60, "triton"),
         compiled("r3d_18", "bf16", 32),
+        Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
         # its tuner may take 15 s for each of 15 layers where few processors compile
         Section(
             "Triton: r3d_18 bf16 batch 32", lambda: triton_network("r3d_18", "bf16", 32), 20, 260, "triton"
@@ -157,7 +158,6 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("two streams", check_streams, needs=3),
         Section("bn_act speed", bn_act_speed, needs=5),
         Section("a second device", check_second_device, needs=10),
-        Section("Triton against float64", lambda: check_triton(left=left), 45, 90, "triton"),
         *(speed(*which) for which in (("r3d_18", 8), ("r3d_18", 1), ("hara_r3d_50", 8), ("r2plus1d_18", 8))),
         *(
             hopper(f": every tile, r3d_18 batch {n}", functools.partial(sm90_tiles, "r3d_18", n), 15)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gpu_bn_act import SHAPES, epilogue
 from gpu_common import FP32_PROMISE, gpu_seconds, largest, roofline, timed
 from gpu_networks import network_layers
-from gpu_sections import Failed, Section
+from gpu_sections import Failed, Section, progress
 from gpu_triton_layers import require_triton
 from torch import Tensor
 
@@ -31,6 +31,10 @@ CHANNELS = (64, 45, 8, 3)
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    return FP32_PROMISE if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
 def _check_norm(
@@ -79,10 +83,8 @@ def check_norm_and_pools(device: str = "cuda") -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def note(dtype: torch.dtype, what: str, about: object, error: float) -> None:
-        allowed = FP32_PROMISE if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-        rows.append(
-            {"dtype": _name(dtype), "what": what, "about": str(about), "error": error, "allowed": allowed}
-        )
+        row = {"dtype": _name(dtype), "what": what, "about": str(about), "error": error}
+        rows.append(row | {"allowed": _allowed(dtype)})
 
     for dtype in DTYPES:
         for shape in NORMS:
@@ -138,8 +140,16 @@ def triton_norm_speed() -> dict[str, Any]:
                 return torch.autograd.grad(y, leaves, dy)
 
             seconds = gpu_seconds({"ours": ours, "stock": stock}, rounds=9, graphs=True)
-            rows.append(norm_row(shape, dtype, seconds, e.x.numel() * e.x.element_size(), copy_speed, cached))
-    return {"copy_gbyte_per_s": copy_speed, "norm_rows": rows, "share_of_copy": norm_share(rows)}
+            row = norm_row(shape, dtype, seconds, e.x.numel() * e.x.element_size(), copy_speed, cached)
+            del e, leaves, dy
+            row["errors"] = dict(_check_norm(shape, dtype, "cuda", True))  # at the size that is timed
+            rows.append(row)
+            progress(norm_rows=rows)
+    data = {"copy_gbyte_per_s": copy_speed, "norm_rows": rows, "share_of_copy": norm_share(rows)}
+    for row in rows:
+        if not max(row["errors"].values()) <= _allowed(getattr(torch, row["dtype"])):
+            raise Failed(f"the norm is wrong: {row}", data)
+    return data
 
 
 def norm_row(
