@@ -152,8 +152,9 @@ inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocesso
   const int staging = kSm90Consumers * n * kStemChannels * 2;
   const int control = kSm90Control + 128 * kSm90Consumers * 16;
   // Behind the last row of a slice wgmma reads on, for positions that are no outputs: in the last slice of
-  // the last stage, behind its end.
-  const int over = n - int(p.slice_rows * l.pitch);
+  // the last stage, behind its end. The room is for an operand's bytes one after the other, although windows
+  // overlap and end sooner: that is what compute-sanitizer takes them for.
+  const int over = 2 * n - int(p.slice_rows * l.pitch) - 2;
   const int tail = over > 0 ? over * kStemUnit : 0;
   p.stages = (kSm90Shared - staging - control - tail) / p.stage_bytes;
   if (p.stages > kStemMostStages) p.stages = kStemMostStages;

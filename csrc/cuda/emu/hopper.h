@@ -224,6 +224,13 @@ class Hopper : public Engine {
     }
   }
 
+  // The 32 bytes of each of an operand's rows one after the other: no operand of a kernel may end behind its
+  // block's shared memory, even where its rows overlap, or tools that watch the GPU would tell of it.
+  void check_operand(uint64_t descriptor, int rows) const {
+    if (((descriptor & 0x3fff) << 4) + size_t(rows) * 32 > dynamic_bytes)
+      fail("an operand of wgmma ends behind the block's shared memory");
+  }
+
   // ---- named barriers
 
   void named_barrier(int id, int count) {
@@ -511,6 +518,8 @@ template <class T, int N>
 void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   const int t = emu::Machine::get().thread() % 128;
   float* d = acc;
+  emu::Hopper::get().check_operand(a, 64);
+  emu::Hopper::get().check_operand(b, N);
   emu::Hopper::get().product([=] {
     const emu::Hopper& hopper = emu::Hopper::get();
     const float* table = emu::values<T>();
