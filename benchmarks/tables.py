@@ -214,6 +214,12 @@ def gpu(names: list[str]) -> str:
         rows.append(
             [f"`{network}`", str(batch), dtype, *cells, *ours, f"{memory} MiB", f"{fused['error']:.1e}"]
         )
+    for data in sections(report, "graphed_ms"):
+        ms = data["graphed_ms"]
+        cells = [f"{ms['stock']:.2f} ms ({data['graphed_is_faster']:.2f}x)", "-", "-"]
+        ours = [f"**{ms['graphed']:.2f} ms**", f"{data['graphed_clips_per_s']:,.0f}"]
+        name = f"`{data['network']}`, as a CUDA graph"
+        rows.append([name, str(data["batch"]), data["dtype"], *cells, *ours, "-", "-"])
     head = ["network", "batch", "dtype", *GPU_ENGINES.values(), "**r3d_kernels**", "clips/s"]
     return gpu_source(report) + table([*head, "a pass adds, stock / ours", "its error"], rows)
 

@@ -136,6 +136,15 @@ def gpu_report(report) -> str:
                 layers=[layer, {**layer, "problem": "other", "cudnn_fused_us": "not measured"}],
             ),
             section("stems", stems=[{**stem, "share_of_matmul": 0.4}]),
+            section(
+                "g",
+                network="net",
+                batch=1,
+                dtype="bf16",
+                graphed_ms={"stock": 3.0, "graphed": 0.5},
+                graphed_is_faster=6.0,
+                graphed_clips_per_s=2000.0,
+            ),
             {"name": "broken", "status": "failed", "reason": "x"},
         ],
         floors=[
@@ -163,5 +172,9 @@ def test_gpu(report) -> None:
     assert "| `n1c8d1h1w1k8f1` | 30 us (2.98x) | 20 us (2.00x) | **10 us** | 100 | 12% |" in text
     assert text.count("| `other` | 30 us (2.98x) | - |") == 1
     assert "| a: `p` | 99 us (9.90x) | 25 us (2.50x) | **10 us** | 40% |" in text
+    assert (
+        "| `net`, as a CUDA graph | 1 | bf16 | 3.00 ms (6.00x) | - | - | **0.50 ms** | 2,000 | - | - |"
+        in text
+    )
     assert "| speed | 1.5 | 2.0 | yes |" in text
     assert "| more | 9 | not measured | - |" in text
