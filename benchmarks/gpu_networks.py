@@ -87,6 +87,15 @@ def quick(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     return wrapped
 
 
+def _quiet_inductor() -> None:
+    """max-autotune prints every choice of every layer, hundreds of lines."""
+    import torch._inductor.config as inductor
+
+    for name, value in (("autotune_num_choices_displayed", 0), ("max_autotune_report_choices_stats", False)):
+        if hasattr(inductor, name):
+            setattr(inductor, name, value)
+
+
 @quick
 def check_second_device(devices: Sequence[str] = ("cuda:0", "cuda:1"), graphs: bool = True) -> dict[str, Any]:
     """A network on a GPU that is not the current one: as on the first, eager and as a graph."""
@@ -141,6 +150,7 @@ def network_speed(name: str, dtype_name: str, batch: int, engines: Sequence[str]
         model = placed(name, dtype, fused=engine == "fused")
         if engine in COMPILERS:
             torch._dynamo.reset()
+            _quiet_inductor()
             calls[engine] = forward(torch.compile(model, dynamic=False, mode=COMPILERS[engine]))
         else:
             calls[engine] = forward(model)

@@ -44,7 +44,8 @@ def draw(path: Path, data: dict[str, Any]) -> None:
         axes[0][0].set_axis_off()
         axes[0][0].text(0, 1, "\n".join(told), va="top", fontsize=7, transform=axes[0][0].transAxes)
     gpu = next((d["gpu"] for d in known if "gpu" in d), "")
-    figure.suptitle(f"{gpu}, torch {torch.__version__}")
+    version = data.get("machine", {}).get("versions", {}).get("torch", torch.__version__)
+    figure.suptitle(f"{gpu}, torch {version}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -53,12 +54,18 @@ _COLOURS = {"fused": "#d1495b", "stock": "#8d99ae", "compile": "#5c677d", "max-a
 
 
 def _network_bars(known: Sequence[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    """The engines of a network one below the other; one that several sections have timed once, of the first."""
+    cases: dict[str, dict[str, float]] = {}
+    for d in known:
+        if "engines" in d:
+            engines = cases.setdefault(f"{d['network']} {d['dtype']} b{d['batch']}", {})
+            for engine, value in d["engines"].items():
+                if isinstance(value["fused_is_faster"], (int, float)):
+                    engines.setdefault(engine, value["fused_is_faster"])
     return [
-        (f"{d['network']} {d['dtype']} b{d['batch']} {engine}", value["fused_is_faster"], _COLOURS[engine])
-        for d in known
-        if "engines" in d
-        for engine, value in d["engines"].items()
-        if isinstance(value["fused_is_faster"], (int, float))
+        (f"{case} {engine}", engines[engine], _COLOURS[engine])
+        for case, engines in cases.items()
+        for engine in sorted(engines, key=list(_COLOURS).index)
     ]
 
 

@@ -71,6 +71,7 @@ def _check_norm(
         ),
     ):
         # a gradient may be the small difference of large terms
+        got, want = got.detach(), want.detach()
         size = max(float(want.norm()), float(dy.double().norm()) if what.startswith("norm's") else 0.0)
         yield what, float((got.double() - want).norm()) / max(size, 1e-30)
 

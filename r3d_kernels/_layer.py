@@ -88,7 +88,7 @@ def plan_key(
     key = (x.shape, dtype, x.device, shape, stride, padding, dilation, groups, activation, asked, threads)
     if x.is_cuda and dtype is not torch.float32:
         return (
-            key  # one way to compute, so the switches do not matter; some of them take a microsecond to read
+            key  # one way to compute: the switches, some of which take a microsecond to read, do not matter
         )
     return *key, *backends.settings(), x.is_cuda and backends.tf32_allowed()
 

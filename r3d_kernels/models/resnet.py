@@ -395,9 +395,8 @@ class _Block(nn.Module):
 
     def pair(self, index: int) -> tuple[nn.Conv3d | Conv2Plus1D, nn.BatchNorm3d]:
         """Convolution `index` (from 1) and the batch norm behind it."""
-        modules = (
-            self._modules
-        )  # read directly, also of a sequence: forward comes here, and indices take microseconds
+        # read directly, also of a sequence: forward comes here, and indices take microseconds
+        modules = self._modules
         conv = modules[f"conv{index}"]
         if isinstance(conv, nn.Sequential):
             conv, bn, *_ = conv._modules.values()
@@ -732,9 +731,8 @@ class _ResNet(nn.Module):
 
     def _map_sizes(self, size: Sequence[int]) -> list[tuple[int, ...]]:
         """[D, H, W] of the clip to that of the map behind the stem, the max-pool and each layer."""
-        plain = not torch.compiler.is_compiling() and all(
-            type(s) is int for s in size
-        )  # Dynamo warns of caches
+        # Dynamo warns of caches
+        plain = not torch.compiler.is_compiling() and all(type(s) is int for s in size)
         of = _remembered_sizes if plain else _sizes
         return of(tuple(size), self._stem_spec, tuple(self._layer_strides), self._convolutions)
 
