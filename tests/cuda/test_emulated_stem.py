@@ -183,6 +183,27 @@ def test_random_problems(emu, seed):
     case.check(emu, rng.choice([-1, *KINDS]))
 
 
+@pytest.mark.parametrize("text", [PROBLEMS[0], PROBLEMS[3], PROBLEMS[5]])
+def test_nan_reaches_no_further_than_whole_windows(emu, text):
+    """All outputs that torch makes NaN, and beside them only those whose windows of whole units hold it."""
+    case = Case(text)
+    p = case.problem
+    case.x[0, -1, 1, 5, 6] = float("nan")
+    y, plan = case.run(emu)
+    nan = case.x.isnan().any(1, keepdim=True).float()
+    slots, group, row_groups, units = plan["layout"][:4]
+    exact = F.conv3d(nan, torch.ones(1, 1, *p.kernel), None, p.stride, p.padding)
+    wide = (p.kernel[0], group * row_groups, units * 8 // slots)
+    more = [w - k for w, k in zip(wide, p.kernel, strict=True)]
+    padded = F.pad(nan, (p.padding[2], p.padding[2] + more[2], p.padding[1], p.padding[1] + more[1]))
+    reach = F.conv3d(padded, torch.ones(1, 1, *wide), None, p.stride, (p.padding[0], 0, 0))
+    found = y.isnan()
+    assert bool((found >= (exact > 0)).all())
+    assert bool((found <= (reach > 0)).all())
+    assert found.any()
+    assert not found.all()
+
+
 def test_what_is_packed():
     """Each weight once, where the window has its element; zeros elsewhere."""
     weight = torch.arange(1.0, 1 + 70 * 2 * 3 * 5 * 3).view(70, 2, 3, 5, 3)
