@@ -117,7 +117,6 @@ def _statistics(
     offsets = _offsets(C, cols, BM)
     tiles = M // BM
     x = tl.load(_at(x_ptr, part, C, BM) + offsets, mask=_there(part, M, C, cols, BM, EVEN), other=0.0)
-    first = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     pivot = tl.sum(x.to(tl.float32), axis=0) / tl.minimum(M - part * BM, BM).to(tl.float32)
     sums = tl.zeros((BM // FOLD, BC), tl.float32)
     squares = tl.zeros((BM // FOLD, BC), tl.float32)
@@ -138,6 +137,7 @@ def _statistics(
     square = tl.sum(squares, axis=0) - total * mean
     square = tl.where(square < 0.0, 0.0, square)  # rounding; not a number stays one
     # All means are kept as differences from one row, which is among the data as well: the mean may be far from zero.
+    first = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     tl.store(mean_ptr + part * C + cols, (pivot - first) + mean, mask=cols < C)
     tl.store(var_ptr + part * C + cols, square, mask=cols < C)
 
