@@ -34,9 +34,10 @@ TILES = (
 )
 
 _FEWEST_CHANNELS = 16  # a quarter of a step, which always multiplies 64
-# Times the best estimate. On an H100, estimates of tiles that are any good were mostly within a tenth of what was
-# measured, either way; that of a layer's fastest tile was at most 1.247 times the best. (Not where memory is the limit:
-# all tiles take the same there.) These are the layers that the estimates were fitted to: others may need more.
+# Times the best estimate. On an H100 (benchmarks/results/h100/gpu_report_2.json), estimates of tiles that are any good
+# were mostly within a tenth of what was measured, either way; that of a layer's fastest tile was at most 1.247 times
+# the best. (Not where memory is the limit: all tiles take the same there.) These are the layers that the estimates were
+# fitted to: others may need more.
 _WORTH_A_TRY = 1.25
 
 

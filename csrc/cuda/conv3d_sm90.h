@@ -147,6 +147,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What a tile is expected to take, in clocks of a multiprocessor; integers, so that every language agrees.
 // Fitted to benchmarks of an H100 SXM (132 multiprocessors, about 1.7 GHz under load): every tile on every
 // layer of R3D-18 at batch 8 and 32 that takes longer than its launch.
+// (benchmarks/results/h100/gpu_report_2.json)
 constexpr int64_t kSm90FlopsPerClock = 4096;  // dense bf16, of one multiprocessor
 constexpr int64_t kSm90SharedPerClock = 128;  // bytes
 constexpr int64_t kSm90L2PerClock = 36;       // bytes, of one multiprocessor while all read
