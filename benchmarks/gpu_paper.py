@@ -7,15 +7,13 @@ No GPU is needed and nothing is measured. Tiles, splits and clocks come from the
 of an H100 SXM; 'share' is of the 790 TFLOP/s that large bfloat16 matrix products reach there and on an H200. Layers
 that the kernel does not take stand there without a prediction. Channels that are no multiple of 8 move as if they were.
 
-Behind the table of a network whose stem has a max-pool stands what it would save to compute both in one kernel: the
-stem's output is then neither written nor read again, but every tile computes the rows that it shares with its
-neighbours once more. At most 5 % of the network's time with everything in its favour, so this is not done.
+Behind the table of a network whose stem has a max-pool stands what it saves to compute both in one kernel: the stem's
+output is then neither written nor read again, only the maxima of every tile's rows are, for the tiles beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -283,8 +281,10 @@ def rows(network: str, batch: int, sms: int = SMS) -> list[Row]:
 class FusedPool:
     """A stem's convolution with its max-pool in one kernel, against one after the other."""
 
-    tile: tuple[int, int, int]  # pooled outputs that a block computes
-    recomputed: float  # convolution outputs computed, for each that there is
+    slice_rows: int  # of a consumer
+    left: (
+        float  # bytes that slices leave for each other, of the bytes that the convolution would have written
+    )
     separate: float  # seconds
     fused: float
     network: float  # seconds of all layers, one after the other
@@ -294,20 +294,19 @@ class FusedPool:
         return (self.separate - self.fused) / self.network
 
 
-def _reads(size: int, out: int, tile: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """Along one axis: rows that all tiles of pooled outputs read together, and the most that one does."""
-    spans = []
-    for first in range(0, out, tile):
-        last = min(first + tile, out) - 1
-        spans.append(min(last * stride - padding + kernel, size) - max(first * stride - padding, 0))
-    return sum(spans), max(spans)
+def stem_slice_rows(p: ConvProblem, positions: int = 240) -> int:
+    """Output rows of a consumer of csrc/cuda/conv3d_sm90_stem.cu; test_gpu_paper.py holds the two together."""
+    out_h, out_w = p.out_size[1:]
+    last = (out_w - 1) * p.stride[2] + p.kernel[2] - p.padding[2]
+    pitch = max(-(-max(p.w + p.padding[2], last) // p.stride[2]), out_w)
+    return min((positions - out_w) // pitch + 1, out_h)
 
 
 def fused_pool(network: str, batch: int, sms: int = SMS) -> FusedPool | None:
-    """The best tile for a stem with its max-pool in one kernel; None where the stem has none.
+    """What the max-pool in the stem's kernel saves; None where the stem has none.
 
-    Everything leans towards one kernel: products at RATE, none for the padding of taps to what tensor cores take, and
-    half of the shared memory for the tile.
+    Products at RATE, all else at COPY. A slice leaves the maxima of its rows in memory, and each pooled plane reads
+    those of the planes in its windows.
     """
     with torch.device("meta"):
         pool = create_model(network).maxpool
@@ -318,22 +317,19 @@ def fused_pool(network: str, batch: int, sms: int = SMS) -> FusedPool | None:
     p, size = stem.problem, stem.problem.out_size
     window = list(zip(size, pool.kernel_size, pool.stride, pool.padding, strict=True))
     out = [(i + 2 * pad - k) // s + 1 for i, k, s, pad in window]
-    inner, outer = math.prod(size), math.prod(out)
-    x, y, pooled = (2 * p.n * c for c in (p.c * p.d * p.h * p.w, p.k * inner, p.k * outer))
-    multiply, pass_over = stem.flops / RATE, (y + pooled) / COPY
-    separate = max(multiply, (x + y) / COPY) + pass_over
-    best = None
-    for tile in itertools.product(*(range(1, n + 1) for n in out)):
-        spans = [_reads(i, o, t, k, s, pad) for (i, k, s, pad), o, t in zip(window, out, tile, strict=True)]
-        if math.prod(most for _, most in spans) * min(p.k, 64) * 2 > SHARED // 2:
-            continue
-        recomputed = math.prod(total for total, _ in spans) / inner
-        if best is None or recomputed < best[1]:
-            best = tile, recomputed
-    assert best is not None
-    fused = max(best[1] * multiply, (x + pooled) / COPY)
+    x, y, pooled = (2 * p.n * c for c in (p.c * p.d * p.h * p.w, p.k * math.prod(size), p.k * math.prod(out)))
+    multiply = stem.flops / RATE
+    separate = max(multiply, (x + y) / COPY) + (y + pooled) / COPY
+    slice_rows = stem_slice_rows(p)
+    slices = -(-size[1] // slice_rows)
+    plane = 2 * p.k * slices * ((slice_rows + 1) // 2 + 1) * out[2]
+    depth, kernel, stride, padding = window[0]
+    read = sum(
+        min(q * stride - padding + kernel, depth) - max(q * stride - padding, 0) for q in range(out[0])
+    )
+    fused = max(multiply, (x + p.n * plane * (depth + read) + pooled) / COPY)
     rest = sum(row.seconds * row.count for row in found[1:])
-    return FusedPool(*best, separate, fused, separate + rest)
+    return FusedPool(slice_rows, p.n * plane * depth / y, separate, fused, separate + rest)
 
 
 HEAD = (
@@ -379,7 +375,7 @@ def table(network: str, batch: int, sms: int = SMS) -> list[str]:
 def _pool_line(pool: FusedPool) -> str:
     return (
         f"stem and max-pool: {pool.separate * 1e6:.1f} us one after the other, {pool.fused * 1e6:.1f} us in one kernel "
-        f"(tiles of {'x'.join(map(str, pool.tile))}, {pool.recomputed:.2f} times the products): "
+        f"({pool.slice_rows} rows a slice, which leaves {pool.left:.0%} of its outputs in memory): "
         f"{pool.gain:+.1%} of the network's time saved"
     )
 

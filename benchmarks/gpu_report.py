@@ -121,7 +121,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         return network(name, dtype, batch, (*EAGER, compiler), 80 if tuned else 40, 240 if tuned else 120)
 
     sm80 = {s.name: s for s in gpu_sm80.sections()}
-    check_stem, stem_speed = gpu_stem.sections()
+    check_stem, stem_speed, pool_speed = gpu_stem.sections()
     sizes = [(batch, dtype) for batch in (8, 1, 32) for dtype in ("bf16", "fp32")]
     sections = [
         Section("environment", environment),
@@ -137,6 +137,7 @@ def plan(left: Callable[[], float]) -> list[Section]:
         Section("roofline", roofline, needs=5),
         speed("r3d_18", 32),
         stem_speed,
+        pool_speed,
         network("r3d_18", "bf16", 32),
         graphed("r3d_18", 1),
         network("r3d_18", "bf16", 1),

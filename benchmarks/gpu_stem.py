@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from gpu_sections import Failed, NotHere, Section, progress
 from gpu_sm90 import require_sm90
 from torch import Tensor
 
+from r3d_kernels import _pooled, backends
+from r3d_kernels._sm90_stem import WINDOWS
 from r3d_kernels.problems import ConvProblem
 
 __all__ = ["PROBLEMS", "STEMS", "Stem", "check", "sections"]
@@ -41,6 +44,11 @@ STEMS = {
     "one channel": "n{}c1d32h128w128k64f7s2p3+relu",
 }
 KERNELS = ("wgmma stem", "sm80", "sm80 64x64")
+POOLED = {  # stem -> its problem, frames of the max-pool behind it
+    "Hara's": (STEMS["Hara's"], 3),
+    "seed18's": ("n{}c3d16h112w112k64f7s2p3+relu", 1),
+    "one channel": (STEMS["one channel"], 3),
+}
 
 
 class Stem:
@@ -66,14 +74,14 @@ class Stem:
         self.weight = (normal(*p.weight_shape) / math.sqrt(taps)).to(device, dtype)
         self.scale, self.bias = normal(p.k).to(device), normal(p.k).to(device)
 
-    def ours(self, kind: int = -1) -> Tensor:
+    def ours(self, kind: int = -1, pool_frames: int = 0) -> Tensor:
         from r3d_kernels.ops.conv3d_sm90_stem import pack
 
         p = self.problem
         layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout(p.weight_shape, p.stride)
         operands = (self.x, *self.clip, pack(self.weight, layout), self.scale, self.bias)
         return torch.ops.r3d_kernels.conv3d_sm90_stem(
-            *operands, p.k, p.kernel, p.stride, p.padding, p.activation or "none", kind
+            *operands, p.k, p.kernel, p.stride, p.padding, p.activation or "none", kind, pool_frames
         )
 
     def exact(self) -> tuple[Tensor, Tensor]:
@@ -93,8 +101,11 @@ class Stem:
         return y, 3e-6 * size + torch.finfo(self.dtype).eps / 2 * 1.001 * y.abs()
 
 
-def check(device: str = "cuda", run: Callable[[Stem, int], Tensor] = Stem.ours) -> list[dict[str, Any]]:
-    """A row for each run; 'worst' is the largest error over what is allowed, so at most 1 where all is well."""
+def check(device: str = "cuda", run: Callable[[Stem, int, int], Tensor] = Stem.ours) -> list[dict[str, Any]]:
+    """A row for each tile; 'worst' is the largest error over what is allowed, so at most 1 where all is well.
+
+    Infinity where the kernel with a max-pool in it gives anything but the maxima of what it gives without.
+    """
     rows: list[dict[str, Any]] = []
     for text, dtype, clip in ((t, d, c) for t in PROBLEMS for d in DTYPES for c in (False, True)):
         stem = Stem(text, dtype, clip, device)
@@ -103,34 +114,42 @@ def check(device: str = "cuda", run: Callable[[Stem, int], Tensor] = Stem.ours) 
             row = {"problem": text, "dtype": str(dtype).removeprefix("torch."), "clip": clip, "kind": kind}
             rows.append(row)
             progress(rows=rows)
-            y = run(stem, kind).cpu().double()
+            y = run(stem, kind, 0).cpu().double()
             row["worst"] = ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
+            for frames, window in WINDOWS.items():
+                pooled = run(stem, kind, frames).cpu().double()
+                if not torch.equal(pooled, F.max_pool3d(y, *window)):
+                    row["worst"] = float("inf")
     return rows
 
 
 def check_stem() -> dict[str, Any]:
-    """Against float64, 200 times the same bits, in a graph, on two streams."""
+    """Against float64, with and without a max-pool; 200 times the same bits, in a graph, on two streams."""
     require_sm90()
     rows = check()
     bad = [row for row in rows if not row["worst"] <= 1]
     if bad:
         raise Failed(f"{len(bad)} of {len(rows)} runs are wrong, first {bad[0]}", {"rows": rows})
-    stem = Stem(PROBLEMS[-1], torch.bfloat16, True)
-    first = stem.ours().view(torch.int16)
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(200):
-        different += (stem.ours().view(torch.int16) != first).any().long()
-    if int(different):
-        raise Failed(f"{int(different)} of 200 repetitions differ")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = stem.ours()
-    stem.x.copy_(255 - stem.x)
-    graph.replay()
-    if not torch.equal(y, stem.ours()):
-        raise Failed("a replayed graph gives another result than the call")
-    on_two_streams([Stem(PROBLEMS[i], torch.bfloat16, True, seed=i).ours for i in (0, 1)])
-    return {"runs": len(rows), "worst": max(row["worst"] for row in rows), "repetitions": 200}
+    for frames in (0, *WINDOWS):
+        stem = Stem(PROBLEMS[-1], torch.bfloat16, True)
+        ours = functools.partial(stem.ours, -1, frames)
+        first = ours().view(torch.int16)
+        different = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(200):
+            different += (ours().view(torch.int16) != first).any().long()
+        if int(different):
+            raise Failed(f"{int(different)} of 200 repetitions differ, max-pool of {frames} frames")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ours()
+        stem.x.copy_(255 - stem.x)
+        graph.replay()
+        if not torch.equal(y, ours()):
+            raise Failed("a replayed graph gives another result than the call")
+        stems = [Stem(PROBLEMS[i], torch.bfloat16, True, seed=i) for i in (0, 1)]
+        on_two_streams([functools.partial(s.ours, -1, frames) for s in stems])
+    runs = len(rows) * (1 + len(WINDOWS))
+    return {"runs": runs, "worst": max(row["worst"] for row in rows), "repetitions": 200}
 
 
 def _rows(batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
@@ -169,11 +188,50 @@ def stem_speed(batches: tuple[int, ...] = (1, 8, 32)) -> dict[str, Any]:
     return {"stems": rows}
 
 
+def _pool_rows(batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    for (name, (text, frames)), batch in itertools.product(POOLED.items(), batches):
+        problem = gpu_sm80.Problem(text.format(batch), torch.bfloat16, "cuda")
+        kernel = next(k for k in backends.KERNELS if k.name == "wgmma stem")
+        if why_not := kernel.can_run(problem.request):
+            raise NotHere(f"wgmma stem: {why_not}")
+        pack = kernel.pack(problem.layer, problem.request)
+        together = kernel.with_pool(problem.request, frames)
+        if together is None:
+            raise NotHere(f"wgmma stem: takes no max-pool behind {problem.p}")
+        stock = problem.call("stock")
+        data = (pack, problem.x, None, problem.request)
+        calls = {
+            "one kernel": functools.partial(together.run, *data),
+            "one after the other": functools.partial(_pooled.Apart(kernel, frames).run, *data),
+            "convolution alone": functools.partial(kernel.run, *data),
+            "stock": lambda stock=stock, frames=frames: F.max_pool3d(stock(), *WINDOWS[frames]),
+        }
+        seconds = gpu_seconds(calls, rounds=7, graphs=True)
+        yield {
+            "stem": name,
+            "problem": str(problem.p),
+            "pool_frames": frames,
+            "us": {k: round(1e6 * s, 2) for k, s in seconds.items()},
+            "timed": timed(seconds),
+        }
+
+
+def pool_speed(batches: tuple[int, ...] = (1, 8, 32)) -> dict[str, Any]:
+    """Stems with their max-pool: in one kernel, one after the other, and cuDNN's layers."""
+    require_sm90()
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for row in _pool_rows(batches):
+            rows.append(row)
+            progress(pooled_stems=rows)
+    return {"pooled_stems": rows}
+
+
 def small_calls() -> None:
     """For compute-sanitizer."""
     for text in PROBLEMS[:-1]:
-        for clip in (False, True):
-            Stem(text, torch.bfloat16, clip).ours()
+        for clip, frames in itertools.product((False, True), (0, *WINDOWS)):
+            Stem(text, torch.bfloat16, clip).ours(-1, frames)
 
 
 def sections() -> list[Section]:
@@ -181,4 +239,5 @@ def sections() -> list[Section]:
     return [
         Section("wgmma stem against float64", check_stem, 5, 60, "wgmma"),
         Section("wgmma stem: speed", functools.partial(stem_speed), 10, 60, "wgmma"),
+        Section("wgmma stem and max-pool: speed", functools.partial(pool_speed), 10, 60, "wgmma"),
     ]

@@ -1086,13 +1086,15 @@ Ints conv3d_sm90_choice(Ints input, Ints weight, Ints stride, Ints padding, Ints
 
 // The same of the kernel for few channels.
 std::string conv3d_sm90_stem_refuses(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
-                                     ScalarType dtype) {
+                                     ScalarType dtype, int64_t pool_frames) {
   const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
   const DType type = dtype == ScalarType::BFloat16 ? DType::kBFloat16
                      : dtype == ScalarType::Half   ? DType::kFloat16
                                                    : DType::kFloat32;
   if (const char* why = cuda::conv3d_sm90_stem_refuses(g, type)) return why;
-  return cuda::stem_plan(g, 1).stages ? "" : "rows of this length leave no room in shared memory";
+  return cuda::stem_plan(g, 1, -1, int(pool_frames)).stages
+             ? ""
+             : "rows of this length leave no room in shared memory";
 }
 
 // [slots of a pixel, filter rows in them, such groups of rows, units of a window]: how weights are packed.
@@ -1109,11 +1111,14 @@ Ints conv3d_sm90_stem_layout(Ints weight, Ints stride) {
 // x: of the dtype of packed, or a clip as a decoder leaves it, which is x * clip_scale[c] + clip_shift[c].
 Tensor conv3d_sm90_stem_cuda(Tensor x, std::optional<Tensor> clip_scale, std::optional<Tensor> clip_shift,
                              Tensor packed, Tensor scale, Tensor bias, int64_t out_channels, Ints kernel_size,
-                             Ints stride, Ints padding, std::string activation, int64_t kind) {
+                             Ints stride, Ints padding, std::string activation, int64_t kind,
+                             int64_t pool_frames) {
   R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
   R3D_CHECK(x.dim() == 5, "x: expected 5 dimensions [N, C, D, H, W], got shape ", text(sizes(x)));
   R3D_CHECK(kind >= -1 && kind < cuda::kStemKinds, "kind: expected -1 (any) to ", cuda::kStemKinds - 1,
             ", got ", kind);
+  R3D_CHECK(pool_frames == 0 || pool_frames == 1 || pool_frames == 3,
+            "pool_frames: expected 0 (none), 1 or 3, got ", pool_frames);
   ConvArgs a{};
   a.g = geometry(sizes(x), out_channels, x.size(1), kernel_size, stride, padding, {1, 1, 1}, 1);
   a.dtype = dtype_of(packed, "packed", true);
@@ -1136,11 +1141,12 @@ Tensor conv3d_sm90_stem_cuda(Tensor x, std::optional<Tensor> clip_scale, std::op
   const float* factors = vector(scale, "scale");
   a.bias = vector(bias, "bias");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  Tensor y = empty_rows(output_shape(a.g), packed);
+  const Dim3 out = cuda::stem_pooled(a.g.out, int(pool_frames));
+  Tensor y = empty_rows({a.g.n, a.g.k, out.d, out.h, out.w}, packed);
   if (y.numel() == 0) return y;
   const int sms = cuda::sm80::device_multiprocessors();
   R3D_CHECK(sms > 0, "x: the CUDA runtime finds no device ", x.get_device());
-  const cuda::StemPlan plan = cuda::stem_plan(a.g, sms, int(kind));
+  const cuda::StemPlan plan = cuda::stem_plan(a.g, sms, int(kind), int(pool_frames));
   R3D_CHECK(plan.stages, "kind: ", kind, " leaves no room in shared memory: ", geometry_text(a.g));
   Tensor workspace = uninitialized({plan.workspace_bytes()}, {1}, ScalarType::Byte, x);
   a.weight = packed.const_data_ptr();
@@ -1229,14 +1235,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(r3d_kernels, m) {
   m.def(
       "conv3d_sm90_choice(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int "
       "multiprocessors, int tiles=-1) -> int[]");
-  // kind: which width of tile, for tests
+  // kind: which width of tile, for tests; pool_frames: of the windows of a max-pool behind it, 0 for none
   m.def(
       "conv3d_sm90_stem(Tensor x, Tensor? clip_scale, Tensor? clip_shift, Tensor packed, Tensor scale, "
       "Tensor bias, int out_channels, int[] kernel_size, int[] stride, int[] padding, str activation, int "
-      "kind=-1) -> Tensor");
+      "kind=-1, int pool_frames=0) -> Tensor");
   m.def(
       "conv3d_sm90_stem_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
-      "ScalarType dtype) -> str");
+      "ScalarType dtype, int pool_frames=0) -> str");
   m.def("conv3d_sm90_stem_layout(int[] weight, int[] stride) -> int[]");
 }
 

@@ -85,6 +85,8 @@ class Kernel(Protocol):
         """act(conv(x) * scale + shift + residual), channels-last."""
 
     # A kernel may also have
+    #   with_pool(request, frames)  the kernel that pools its outputs too, or None (`_pooled`)
+    #   packs_of                  the name of the kernel whose packed weights it takes
     #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
     #   private   tried before it may be chosen
     #   compared  and held against the stock layers then

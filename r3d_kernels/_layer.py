@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from r3d_kernels import _check, _cpu, _extension, _fork, backends
+from r3d_kernels import _check, _cpu, _extension, _fork, _pooled, backends
 from r3d_kernels.problems import ConvProblem
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ def plan_key(
             key  # one way to compute: the switches, some of which take a microsecond to read, do not matter
         )
     return *key, *backends.settings(), x.is_cuda and backends.tf32_allowed()
+
+
+def _place(kernel: backends.Kernel, request: backends.Request) -> tuple[str, object]:
+    """What kernels that share packed weights have in common."""
+    return getattr(kernel, "packs_of", kernel.name), kernel.pack_key(request)
 
 
 def _call(
@@ -176,11 +181,13 @@ class LayerState:
         groups: int,
         activation: str | None,
         source: ClipSource | None = None,
+        pool_frames: int = 0,
     ) -> Tensor:
         """act(bn(conv(x)) + residual) by the kernel chosen for this shape. No gradient.
 
         With `source`, x is a raw clip of any dtype on a GPU, and the layer is that of x as `source` says. It is chosen
-        for as if x were converted already: what a kernel that reads clips saves is not counted.
+        for as if x were converted already: what a kernel that reads clips saves is not counted. With `pool_frames` the
+        max-pool of `_pooled.WINDOWS` follows.
 
         Raises:
             ValueError: where the shapes make no convolution, before any kernel runs.
@@ -189,6 +196,8 @@ class LayerState:
         snapshot = self.snapshot(weight, conv_bias, norm)
         dtype = x.dtype if source is None else source.dtype
         key = plan_key(x, dtype, residual, stride, padding, dilation, groups, activation)
+        if pool_frames:
+            key = (*key, pool_frames)
         plan = snapshot.plans.get(key)
         if plan is not None and plan[3].doubtful():
             plan = None
@@ -198,9 +207,8 @@ class LayerState:
         with torch.no_grad():
             if plan is None:
                 example = x if source is None else source.convert(x)
-                plan = self._plan(
-                    snapshot, key, asked, example, residual, stride, padding, dilation, groups, activation
-                )
+                geometry = (stride, padding, dilation, groups)
+                plan = self._plan(snapshot, key, asked, example, residual, *geometry, activation, pool_frames)
             kernel, pack, request, _ = plan
             return _call(kernel, pack, x, residual, request, source)
 
@@ -216,6 +224,7 @@ class LayerState:
         dilation: Triple,
         groups: int,
         activation: str | None,
+        pool_frames: int,
     ) -> tuple[backends.Kernel, Any, backends.Request, backends.Choice]:
         weight = snapshot.layer.weight
         shape = None if residual is None else residual.shape
@@ -243,13 +252,17 @@ class LayerState:
             packs = dict(snapshot.packs)
 
             def packed(kernel: backends.Kernel) -> Any:
-                place = (kernel.name, kernel.pack_key(request))
+                place = _place(kernel, request)
                 if place not in packs:
                     packs[place] = kernel.pack(snapshot.layer, request)
                 return packs[place]
 
             using = None if plan is None else plan[0]
+            if isinstance(using, _pooled.Apart):
+                using = using.kernel
             choice = backends.choose(request, asked, packed, x, residual, using)
+            if pool_frames:
+                choice = _pooled.choose(choice, request, asked, pool_frames, packed, x, residual)
             plan = (choice.kernel, packed(choice.kernel), request, choice)
             if not backends.settled(x.device):
                 warnings.warn(
@@ -264,7 +277,7 @@ class LayerState:
                 snapshot.plans.pop(next(iter(snapshot.plans)))
             snapshot.plans[key] = plan
             # Only what a plan uses stays in memory.
-            used = {(k.name, k.pack_key(r)) for k, _, r, _ in snapshot.plans.values()}
+            used = {_place(k, r) for k, _, r, _ in snapshot.plans.values()}
             snapshot.packs = {place: pack for place, pack in packs.items() if place in used}
         if choice.measured_now and x.is_cpu:
             _cpu.release_free_memory()  # what the losers used would add to the peak of the next layer

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from r3d_kernels._kernel import Layer, Request
     from r3d_kernels.ops.clip import ClipSource
 
-__all__ = ["Sm90Stem"]
+__all__ = ["WINDOWS", "PooledSm90Stem", "Sm90Stem"]
+
+
+Triple = tuple[int, int, int]
+
+WINDOWS: dict[int, tuple[Triple, Triple, Triple]] = {
+    1: ((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    3: ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+}
+"""Frames of a window -> kernel, stride and padding of the max-pools that the kernel has: those of ResNets' stems."""
 
 
 class Sm90Stem:
@@ -29,6 +38,8 @@ class Sm90Stem:
     private = True  # tried once before it may be chosen
     compared = True  # and held against the stock layers then
 
+    pool_frames = 0
+
     def can_run(self, request: Request) -> str | None:
         p = request.problem
         if (why_not := why_no_hopper(request)) is not None:
@@ -36,7 +47,8 @@ class Sm90Stem:
         if p.residual:
             return "adds no residual"
         geometry = (p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation)
-        why_not = torch.ops.r3d_kernels.conv3d_sm90_stem_refuses(*geometry, request.dtype)
+        refuses = torch.ops.r3d_kernels.conv3d_sm90_stem_refuses
+        why_not = refuses(*geometry, request.dtype, self.pool_frames)
         return why_not or self._unproven(request.device)
 
     @staticmethod
@@ -68,8 +80,30 @@ class Sm90Stem:
         """Reads the clip where the decoder left it: normalised on the way to the rows that it copies x to anyway."""
         return self._run(pack, clip, source.scale, source.shift, request)
 
-    @staticmethod
-    def _run(pack: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, request: Request) -> Tensor:
+    def with_pool(self, request: Request, frames: int) -> PooledSm90Stem | None:
+        """The kernel with a max-pool behind it, where it can run that."""
+        pooled = PooledSm90Stem(frames)
+        return pooled if pooled.can_run(request) is None else None
+
+    def remembers(self, request: Request) -> list[tuple[str, str]]:
+        from r3d_kernels import _pooled, backends
+
+        asked = backends.current_backend()
+        return [_pooled.cache_key(request, asked, frames) for frames in _pooled.WINDOWS]
+
+    def _run(
+        self, pack: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, request: Request
+    ) -> Tensor:
         p = request.problem
         geometry = (p.k, p.kernel, p.stride, p.padding, p.activation or "none")
-        return torch.ops.r3d_kernels.conv3d_sm90_stem(x, scale, shift, *pack, *geometry)
+        return torch.ops.r3d_kernels.conv3d_sm90_stem(x, scale, shift, *pack, *geometry, -1, self.pool_frames)
+
+
+class PooledSm90Stem(Sm90Stem):
+    """The same with a max-pool in the kernel: what the convolution makes never leaves shared memory."""
+
+    name = "wgmma stem with max-pool"
+    packs_of = Sm90Stem.name
+
+    def __init__(self, frames: int) -> None:
+        self.pool_frames = frames

@@ -12,6 +12,7 @@ from torch._C import _functorch
 
 from r3d_kernels import _check, _extension
 from r3d_kernels._layer import ATTRIBUTE, plan_key, state_of
+from r3d_kernels._pooled import frames_of
 from r3d_kernels.backends import current_backend
 from r3d_kernels.ops.clip import ClipSource, Values, normalized_clip
 from r3d_kernels.ops.conv3d import TENSORS, compiles, in_graph, is_plain, needs_gradient
@@ -33,7 +34,12 @@ def _is_parametrized(module: nn.Module) -> bool:
 
 
 def _settled(
-    x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, activation: str | None, residual: Tensor | None
+    x: Tensor,
+    conv: nn.Conv3d,
+    bn: nn.Module | None,
+    activation: str | None,
+    residual: Tensor | None,
+    pool_frames: int,
 ) -> Tensor | None:
     """The result where an earlier call has chosen the kernel and all is as it was then; else None.
 
@@ -104,11 +110,10 @@ def _settled(
     snapshot = state.current(weight, bias, norm)
     if snapshot is None:
         return None
-    plan = snapshot.plans.get(
-        plan_key(
-            x, dtype, residual, own["stride"], own["padding"], own["dilation"], own["groups"], activation
-        )
+    key = plan_key(
+        x, dtype, residual, own["stride"], own["padding"], own["dilation"], own["groups"], activation
     )
+    plan = snapshot.plans.get((*key, pool_frames) if pool_frames else key)
     if plan is None:
         return None
     kernel, pack, request, choice = plan
@@ -244,9 +249,10 @@ def conv_bn_act(
     *,
     activation: str | None = "relu",
     residual: Tensor | None = None,
+    pool: nn.MaxPool3d | None = None,
     fused: bool = True,
 ) -> Tensor:
-    """``act(bn(conv(x)) + residual)`` from the modules that own the parameters.
+    """``act(bn(conv(x)) + residual)`` from the modules that own the parameters, and a max-pool behind it.
 
     Fused in evaluation mode where no gradient is needed; otherwise (training, gradients, hooks on `conv` or `bn`,
     padding modes, `torch.export`, tracing) the modules themselves run. `torch.compile` takes a fused layer as one
@@ -260,19 +266,26 @@ def conv_bn_act(
         bn: its batch norm, or None.
         activation: "relu" or None.
         residual: [N, K, D', H', W'] or None, added before the activation.
+        pool: the max-pool behind it, or None. Where a kernel on this GPU has it built in, the faster way is measured
+            once; elsewhere it is `max_pool3d` of the layer's output.
         fused: False always runs the modules.
 
     Returns:
-        [N, K, D', H', W']; channels_last_3d where fused.
+        [N, K, D', H', W'], pooled; channels_last_3d where fused.
 
     Raises:
         TypeError: for a mix of dtypes.
         ValueError: for wrong shapes, a mix of devices, an unknown activation.
     """
-    if fused and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        y = _settled(x, conv, bn, activation, residual)
+    pool_frames = 0 if pool is None or not fused else _joined_frames(x, pool)
+    alone = pool is not None and pool_frames == 0
+    if fused and not alone and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = _settled(x, conv, bn, activation, residual, pool_frames)
         if y is not None:
             return y
+    if alone or (pool_frames and _why_stock(x, conv, bn, residual) is not None):
+        y = conv_bn_act(x, conv, bn, activation=activation, residual=residual, fused=fused)
+        return max_pool3d(y, pool, fused=fused)
     _check.activation(activation)
     if fused and _trains_through_triton(x, conv, bn, residual):
         return _train_through_triton(x, conv, bn, activation, residual)
@@ -301,7 +314,7 @@ def conv_bn_act(
     if residual is not None:
         _check.same_dtype(residual, "residual", dtype)
         _check.same_device(residual, "residual", x.device)
-    return _run_fused(x, conv, bn, activation, residual)
+    return _run_fused(x, conv, bn, activation, residual, None, pool_frames)
 
 
 def _run_fused(
@@ -310,7 +323,8 @@ def _run_fused(
     bn: nn.BatchNorm3d | None,
     activation: str | None,
     residual: Tensor | None,
-    clip: tuple[Values | None, Values | None, torch.dtype] | None = None,
+    clip: tuple[Values | None, Values | None, torch.dtype] | None,
+    pool_frames: int,
 ) -> Tensor:
     """x is a raw clip where `clip` says how to take it: its mean, std and the dtype to compute in."""
     weight = conv._parameters["weight"]
@@ -328,8 +342,8 @@ def _run_fused(
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     layer = (x, residual, weight, conv._parameters["bias"], norm, *geometry, activation)
     if compiles():
-        return in_graph(*layer, clip)
-    return state_of(conv).run(*layer, None if clip is None else ClipSource.of(x, *clip))
+        return in_graph(*layer, clip, pool_frames)
+    return state_of(conv).run(*layer, None if clip is None else ClipSource.of(x, *clip), pool_frames)
 
 
 def clip_conv_bn_act(
@@ -340,6 +354,7 @@ def clip_conv_bn_act(
     bn: nn.BatchNorm3d | None,
     *,
     activation: str | None = "relu",
+    pool: nn.MaxPool3d | None = None,
     fused: bool = True,
 ) -> Tensor:
     """`conv_bn_act` of ``(clip - mean) / std``, a network's first layer. clip: [N, C, D, H, W], a decoder's, uint8.
@@ -349,7 +364,7 @@ def clip_conv_bn_act(
 
     Args:
         mean, std: one number a channel, for values of 0 to 255, or None.
-        conv, bn, activation, fused: as for `conv_bn_act`; also its result and its errors.
+        conv, bn, activation, pool, fused: as for `conv_bn_act`; also its result and its errors.
     """
     dtype = conv.weight.dtype
     if fused and _extension.runs_cuda(clip) and _why_stock(clip, conv, bn, None) is None:
@@ -357,17 +372,29 @@ def clip_conv_bn_act(
             dtype = torch.get_autocast_dtype("cuda")
         if dtype in (torch.float32, torch.bfloat16, torch.float16):
             _check.activation(activation)
-            return _run_fused(clip, conv, bn, activation, None, (mean, std, dtype))
-    return conv_bn_act(normalized_clip(clip, mean, std, dtype), conv, bn, activation=activation, fused=fused)
+            pool_frames = 0 if pool is None else _joined_frames(clip, pool)
+            y = _run_fused(clip, conv, bn, activation, None, (mean, std, dtype), pool_frames)
+            return y if pool is None or pool_frames else max_pool3d(y, pool, fused=fused)
+    x = normalized_clip(clip, mean, std, dtype)
+    return conv_bn_act(x, conv, bn, activation=activation, pool=pool, fused=fused)
+
+
+def _is_plain_pool(pool: nn.MaxPool3d) -> bool:
+    special = pool.return_indices or pool.ceil_mode or has_hooks(pool) or pool.dilation not in (1, (1, 1, 1))
+    return type(pool) is nn.MaxPool3d and not special
+
+
+def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
+    """A key of `_pooled.WINDOWS` where the layer in front of the max-pool may take it over, else 0."""
+    if not x.is_cuda or not _is_plain_pool(pool):
+        return 0
+    names = ("kernel_size", "stride", "padding")
+    return frames_of(*(_check.triple(getattr(pool, name), name) for name in names))
 
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:
     """``pool(x)``, by our channels-last kernel where it can. x: [N, C, D, H, W]."""
-    plain = not (pool.return_indices or pool.ceil_mode or has_hooks(pool)) and pool.dilation in (
-        1,
-        (1, 1, 1),
-    )
-    if not fused or not plain or type(pool) is not nn.MaxPool3d:
+    if not fused or not _is_plain_pool(pool):
         return pool(x)
     return _max_pool3d(x, pool.kernel_size, pool.stride, pool.padding)
 

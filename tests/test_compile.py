@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from numerics import relative_error
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import r3d_kernels as r3d
 from r3d_kernels import _extension, backends
 from r3d_kernels._layer import state_of_weight
+from r3d_kernels._sm90_stem import WINDOWS
 from r3d_kernels.nn import avg_pool_linear, max_pool3d
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason="the compiled library is missing")
@@ -483,7 +485,9 @@ def test_opcheck(x) -> None:
     with torch.no_grad():
         shape = layer(x).shape
     for residual in (None, torch.randn(shape).to(x.dtype)):
-        torch.library.opcheck(torch.ops.r3d_kernels.conv3d_bn_act.default, operands(layer, x, residual))
+        for pool_frames in (0, 1, 3):
+            arguments = (*operands(layer, x, residual), pool_frames)
+            torch.library.opcheck(torch.ops.r3d_kernels.conv3d_bn_act.default, arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 6, 6), (1, 5, 1, 1, 4), (1, 5, 3, 6, 6)])
@@ -505,24 +509,27 @@ def test_strides_are_those_of_the_fake(monkeypatch, shape) -> None:
         for k in (1, 13):
             layer = make_layer(5, k)
             real = operands(layer, x)
-            y = torch.ops.r3d_kernels.conv3d_bn_act(*real)
-            with FakeTensorMode() as mode:
-                fakes = tree_map_only(torch.Tensor, mode.from_tensor, real)
-                fake = torch.ops.r3d_kernels.conv3d_bn_act(*fakes)
-            assert (y.shape, y.stride(), y.dtype) == (fake.shape, fake.stride(), fake.dtype)
-            with torch.no_grad():
-                assert torch.equal(y, layer(x))
+            for frames in (0, 1, 3):
+                y = torch.ops.r3d_kernels.conv3d_bn_act(*real, frames)
+                with FakeTensorMode() as mode:
+                    fakes = tree_map_only(torch.Tensor, mode.from_tensor, real)
+                    fake = torch.ops.r3d_kernels.conv3d_bn_act(*fakes, frames)
+                assert (y.shape, y.stride(), y.dtype) == (fake.shape, fake.stride(), fake.dtype)
+                with torch.no_grad():
+                    want = layer(x)
+                assert torch.equal(y, F.max_pool3d(want, *WINDOWS[frames]) if frames else want)
 
 
 def test_flops_are_counted() -> None:
     layer, counts = make_layer(), []
     arguments = operands(layer, X)
+    op = torch.ops.r3d_kernels.conv3d_bn_act
     with torch.no_grad():
-        for call in (lambda: layer(X), lambda: torch.ops.r3d_kernels.conv3d_bn_act(*arguments)):
+        for call in (lambda: layer(X), lambda: op(*arguments), lambda: op(*arguments, 3)):
             with FlopCounterMode(display=False) as counter:
                 call()
             counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 # ---- a GPU -----------------------------------------------------------------------------------------------
@@ -554,10 +561,10 @@ def test_traced_for_a_gpu(monkeypatch) -> None:
         graphs, ((None, None, None), ((1.0, 2.0, 3.0), None, torch.bfloat16)), strict=True
     ):
         names = [str(n.target) for n in nodes]
-        assert names.pop(1) == "r3d_kernels.max_pool3d"
         assert names.pop() == "r3d_kernels.avg_pool_linear"
         assert names == ["r3d_kernels.conv3d_bn_act"] * convolutions(model)
-        assert nodes[0].args[-3:] == clip
+        assert nodes[0].args[-4:] == (*clip, 3)  # the stem has the max-pool with it
+        assert all(node.args[-1] == 0 for node in nodes[1:-1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -34,6 +35,9 @@ import gpu_triton
 import gpu_triton_layers
 import measure
 from gpu_sections import Failed, NotHere, Report, Section, progress
+
+from r3d_kernels import _pooled, backends
+from r3d_kernels._sm90_stem import WINDOWS
 
 
 class Clock:
@@ -974,9 +978,12 @@ def test_hopper_sections_where_there_is_no_hopper(monkeypatch: pytest.MonkeyPatc
 # ---- the Hopper stem ----
 
 
-def stem_by_stock(stem: gpu_stem.Stem, kind: int, wrong: float = 0.0) -> torch.Tensor:
+def stem_by_stock(
+    stem: gpu_stem.Stem, kind: int, frames: int, wrong: float = 0.0, pools: float = 0.0
+) -> torch.Tensor:
     """The op's answer, by torch in float64."""
-    return (stem.exact()[0] * (1 + wrong)).to(stem.dtype)
+    y = (stem.exact()[0] * (1 + wrong)).to(stem.dtype)
+    return F.max_pool3d(y.float(), *WINDOWS[frames]).to(y.dtype) + pools if frames else y
 
 
 def test_the_stems_check(monkeypatch):
@@ -985,8 +992,12 @@ def test_the_stems_check(monkeypatch):
     assert len(rows) == 3 * 2 * 2 * 4
     assert all(row["worst"] <= 1 for row in rows)
     assert {row["clip"] for row in rows} == {True, False}
-    rows = gpu_stem.check("cpu", lambda stem, kind: stem_by_stock(stem, kind, 0.01 * (kind == 1)))
-    assert {row["kind"] for row in rows if not row["worst"] <= 1} == {1}
+    for wrong, pools in ((0.01, 0.0), (0.0, 1.0)):
+        rows = gpu_stem.check(
+            "cpu",
+            lambda s, kind, n, w=wrong, p=pools: stem_by_stock(s, kind, n, w * (kind == 1), p * (kind == 1)),
+        )
+        assert {row["kind"] for row in rows if not row["worst"] <= 1} == {1}
     monkeypatch.setattr(gpu_stem, "require_sm90", lambda: None)
     monkeypatch.setattr(gpu_stem, "check", lambda: rows)
     with pytest.raises(Failed, match="runs are wrong, first"):
@@ -1016,6 +1027,42 @@ def test_the_stems_speed(monkeypatch):
     able = {"stock"}
     with pytest.raises(NotHere, match="wgmma stem: wgmma stem does not run here"):
         gpu_stem.stem_speed((1,))
+
+
+def test_the_speed_of_stems_with_their_pool(monkeypatch):
+    class Problem(gpu_sm80.Problem):
+        def __init__(self, text, dtype, device):
+            super().__init__(text, dtype, "cpu")
+
+    class Kernel(backends.Stock):
+        name = "wgmma stem"
+        why_not = None
+
+        def can_run(self, request):
+            return self.why_not
+
+        def with_pool(self, request, frames):
+            return _pooled.Apart(backends.Stock(), frames)
+
+    def seconds(calls, **_):
+        shapes.append({name: tuple(call().shape[2:]) for name, call in calls.items()})
+        return {name: 1e-6 * len(name) for name in calls}
+
+    shapes: list[dict] = []
+    kernel = Kernel()
+    monkeypatch.setattr(gpu_stem, "require_sm90", lambda: None)
+    monkeypatch.setattr(gpu_sm80, "Problem", Problem)
+    monkeypatch.setattr(backends, "KERNELS", [kernel, backends.Stock()])
+    monkeypatch.setattr(gpu_stem, "POOLED", {"small": ("n{}c3d3h9w12k8f3s1x2x2p1+relu", 3)})
+    monkeypatch.setattr(gpu_stem, "gpu_seconds", seconds)
+    rows = gpu_stem.pool_speed((1, 2))["pooled_stems"]
+    assert [(row["stem"], row["pool_frames"]) for row in rows] == [("small", 3)] * 2
+    assert rows[0]["us"]["one kernel"] == 10.0
+    pooled = dict.fromkeys(("one kernel", "one after the other", "stock"), (2, 3, 3))
+    assert shapes[0] == pooled | {"convolution alone": (3, 5, 6)}
+    kernel.why_not = "does not run here"
+    with pytest.raises(NotHere, match="wgmma stem: does not run here"):
+        gpu_stem.pool_speed((1,))
 
 
 class FakeGpu:

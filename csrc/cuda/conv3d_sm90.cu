@@ -250,7 +250,7 @@ __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tile
 #pragma unroll
     for (int i = 0; i < kEach; i++) all[t.at.part * kPart + (m * kEach + i) * 128] = acc[m][i];
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
-  if (thread == 0) k.last[consumer] = hopper::take_ticket(p.tickets + place) == unsigned(p.split - 1);
+  if (thread == 0) k.last[consumer] = hopper::take_ticket<128>(p.tickets + place) == unsigned(p.split - 1);
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (!k.last[consumer]) return false;
 #pragma unroll

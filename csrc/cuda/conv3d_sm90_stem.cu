@@ -4,6 +4,10 @@
 // staging buffer a warp stores its tiles. A step is a frame of the filter: its weights, and of the rows that
 // each consumer's outputs need one piece a phase, all of them whole runs of memory. Frames of padding are
 // left out.
+//
+// Where a max-pool is part of it, the storing warps take maxima instead, in the time that the products of the
+// next tile take: of the tile, from the staging buffer to memory, and of what tiles have left there, for the
+// last of them to arrive.
 #include "conv3d_sm90_stem.h"
 
 #include "conv3d_sm90_parts.cuh"
@@ -42,7 +46,7 @@ __device__ __forceinline__ float as_float(const From& v) {
 }
 
 // A block makes rows of one phase of one frame, a thread units: x * scale + shift where x is, else 0. The
-// last blocks make the zeros behind them.
+// last blocks make the zeros behind them, which are the counters of the max-pool too.
 template <class T, class From, int kSlots>
 __global__ void __launch_bounds__(kThreads)
     conv3d_sm90_stem_rows_kernel(const __grid_constant__ RowsParams p) {
@@ -103,6 +107,12 @@ struct Params {
   StemPhase phase[kStemMostPhases];
   uint16_t window[kStemMostBlocks];  // where the windows of a block begin in a slice, in units
   bool relu;
+  // of the max-pool
+  int pool_frames, pool_d, pool_h, pool_w, slices, piece_units, samples, planes;
+  int y_pitch;
+  uint16_t* y;
+  uint4* pieces;
+  unsigned* counters;
   static constexpr bool has_residual = false;
 };
 
@@ -201,6 +211,126 @@ __device__ __forceinline__ void store_tiles(const K& k, const Params& p, int con
   }
 }
 
+// Maxima of the rows of a slice that are in the staging buffer, rows `first` to `end` - 1 of the plane.
+template <class T, class K>
+__device__ __forceinline__ void pool_rows(const K& k, const Params& p, int consumer, int lane, int first,
+                                          int end, uint4* piece) {
+  const char* staged = k.block(consumer, 0);
+  const int items = p.pool_w * (K::kRow / 16);
+  for (int item = lane; item < items; item += 32) {
+    const int chunk = item % 8, column = item / 8 * 2;
+    const auto row = [&](int h) {
+      Pack<T, 8> v[3];
+#pragma unroll
+      for (int i = 0; i < 3; i++) {
+        const int w = column + i - 1, pixel = (h - first) * p.out_w + w;
+        v[i].raw = lowest(Pack<T, 8>());
+        if (w >= 0 && w < p.out_w)
+          v[i].raw = *reinterpret_cast<const uint4*>(staged + pixel * K::kRow + ((chunk ^ (pixel & 7)) << 4));
+      }
+      raise(v[1], v[0]);
+      raise(v[1], v[2]);
+      return v[1];
+    };
+    Pack<T, 8> shared;
+    shared.raw = lowest(Pack<T, 8>());
+    uint4* to = piece + item;
+    for (int h = first & ~1; h <= end; h += 2) {
+      Pack<T, 8> best = shared;
+      if (h >= first && h < end) raise(best, row(h));
+      shared.raw = lowest(Pack<T, 8>());
+      if (h + 1 < end) shared = row(h + 1);
+      raise(best, shared);
+      *to = best.raw;
+      to += items;
+    }
+  }
+}
+
+// A group: the pooled rows of one slice in one pooled plane, of 64 channels.
+struct Group {
+  int n, plane, slice;  // plane: of the sample
+};
+
+// Of each plane in the group's windows, its own slice and the last row of the slice above.
+template <class T>
+__device__ __forceinline__ void pool_group(const Params& p, const Group& g, int channel, int lane) {
+  const int columns = p.pool_w * (kStemChannels * 2 / 16), a = g.slice * p.rows;
+  const int from = a / 2, to = g.slice + 1 == p.slices || a + p.rows >= p.out_h ? p.pool_h : (a + p.rows) / 2;
+  const int edge = (from - (a - p.rows) / 2) * columns;  // in the slice above
+  const int begin = p.pool_frames == 3 ? max(2 * g.plane - 1, 0) : g.plane;
+  const int end = p.pool_frames == 3 ? min(2 * g.plane + 2, p.out_d) : g.plane + 1;
+  const int64_t step = int64_t(p.slices) * p.piece_units;  // from plane to plane
+  const int tile = channel / kStemChannels;
+  const uint4* pieces =
+      p.pieces +
+      ((int64_t(tile) * p.planes + int64_t(g.n) * p.out_d + begin) * p.slices + g.slice) * p.piece_units;
+  uint16_t* y =
+      p.y + ((int64_t(g.n) * p.pool_d + g.plane) * p.pool_h + from) * p.pool_w * p.y_pitch + channel;
+  const auto make = [&](int item, bool shared) {
+    Pack<T, 8> v[6];
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      v[i].raw = v[3 + i].raw = lowest(Pack<T, 8>());
+      if (begin + i >= end) continue;
+      v[i].raw = pieces[i * step + item];
+      if (shared) v[3 + i].raw = pieces[i * step - p.piece_units + edge + item];
+    }
+#pragma unroll
+    for (int i = 1; i < 6; i++) raise(v[0], v[i]);
+    const int c = item % 8 * 8;
+    if (channel + c < p.y_pitch) *reinterpret_cast<uint4*>(y + item / 8 * p.y_pitch + c) = v[0].raw;
+  };
+  int item = lane;
+  if (g.slice > 0)
+#pragma unroll 1
+    for (; item < columns; item += 32) make(item, true);
+#pragma unroll 2
+  for (; item < (to - from) * columns; item += 32) make(item, false);
+}
+
+// A warp behind the staging buffer of one consumer, where the outputs are pooled.
+template <class T, class K>
+__device__ __forceinline__ void pool_tiles(const K& k, const Params& p, int consumer, int lane) {
+  if (lane == 0) hopper::mbarrier_arrive(k.open + consumer);
+  for (Tiles t(p); t.more(); t.next()) {
+    hopper::mbarrier_wait(k.done + consumer, t.number & 1);
+    const int first = t.row + consumer * p.rows, end = min(first + p.rows, p.out_h);
+    const int slice = first / p.rows;
+    const int64_t plane = int64_t(t.channel / kStemChannels) * p.planes + t.plane;
+    if (first < end)
+      pool_rows<T>(k, p, consumer, lane, first, end, p.pieces + (plane * p.slices + slice) * p.piece_units);
+    hopper::warp_barrier();
+    if (lane == 0) hopper::mbarrier_arrive(k.open + consumer);
+    if (first >= end) continue;
+
+    // An odd plane is in two windows, a slice's last row in two groups: a lane asks for each.
+    const int n = t.plane / p.out_d, d = t.plane - n * p.out_d;
+    Group g{n, d, slice + lane / 2};
+    int planes = 1;
+    bool asks = lane < 4 && g.slice * p.rows < p.out_h;
+    if (p.pool_frames == 3) {
+      g.plane = (d + lane % 2) / 2;
+      planes = min(2 * g.plane + 2, p.out_d) - max(2 * g.plane - 1, 0);
+      asks &= (lane % 2 == 0 || d % 2) && g.plane < p.pool_d;
+    } else {
+      asks &= lane % 2 == 0;
+    }
+    bool last = false;
+    if (asks) {
+      const int64_t place =
+          ((int64_t(t.channel / kStemChannels) * p.samples + n) * p.pool_d + g.plane) * p.slices + g.slice;
+      const unsigned all = planes * (g.slice > 0 ? 2 : 1);
+      last = hopper::take_ticket<32>(p.counters + place) == all - 1;
+    }
+    hopper::warp_barrier();
+    const unsigned complete = __ballot_sync(~0u, last);
+    for (int asked = 0; asked < 4; asked++)
+      if (complete >> asked & 1)
+        pool_group<T>(p, {n, __shfl_sync(~0u, g.plane, asked), slice + asked / 2}, t.channel, lane);
+  }
+}
+
 template <class T, class K>
 __device__ __forceinline__ void multiply_tiles(const K& k, const Params& p, int consumer, int thread) {
   Turn<0> at;
@@ -270,7 +400,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   if (warp < 4) {
     hopper::give_registers<kCopyRegisters>();
     if (warp == 0 && hopper::elect_one()) load_tiles(k, p);
-    if ((warp == 1 || warp == 2) && hopper::elect_one()) store_tiles(k, p, warp - 1, &y);
+    if (warp == 1 || warp == 2) {
+      if (p.pool_frames)
+        pool_tiles<T>(k, p, warp - 1, int(threadIdx.x) % 32);
+      else if (hopper::elect_one())
+        store_tiles(k, p, warp - 1, &y);
+    }
   } else {
     hopper::take_registers<kMultiplyRegisters>();
     multiply_tiles<T>(k, p, warp / 4 - 1, int(threadIdx.x) % 128);
@@ -288,7 +423,7 @@ RowsParams rows_parameters(const ConvGeometry& g, const StemLayout& l, const Ste
   p.scale = s.scale, p.shift = s.shift;
   p.rows = static_cast<uint4*>(rows);
   p.planes = int(g.n * g.in.d) * l.phases;
-  p.tail = plan.units - g.n * g.in.d * l.frame_units();
+  p.tail = plan.units - g.n * g.in.d * l.frame_units() + plan.pool.counter_units();
   p.frames = int(g.in.d), p.phases = l.phases, p.rows_a_phase = int(l.rows), p.pitch = int(l.pitch);
   p.height = int(g.in.h), p.width = int(g.in.w);
   p.pad_h = int(g.padding.h), p.pad_w = int(g.padding.w);
@@ -328,7 +463,7 @@ const char* launch_rows(const RowsParams& p, int from, void* stream) {
 }
 
 Params parameters(const ConvArgs& a, const StemLayout& l, const float* scale, const StemPlan& plan,
-                  const void* copy) {
+                  void* copy) {
   const ConvGeometry& g = a.g;
   Params p{};
   p.copy = static_cast<const char*>(copy);
@@ -354,6 +489,15 @@ Params parameters(const ConvArgs& a, const StemLayout& l, const float* scale, co
         uint16_t(phase.offset / kStemUnit + (row / g.stride.h - phase.first_row) * l.pitch + b % pairs * 2);
   }
   p.relu = a.activation == Activation::kRelu;
+  const StemPool& pool = plan.pool;
+  p.pool_frames = pool.frames;
+  p.pool_d = int(pool.out.d), p.pool_h = int(pool.out.h), p.pool_w = int(pool.out.w);
+  p.slices = pool.slices, p.piece_units = int(pool.slice_units);
+  p.samples = int(g.n), p.planes = int(g.n * g.out.d);
+  p.y_pitch = int(sm90_pitch(g.k)), p.y = static_cast<uint16_t*>(a.y);
+  char* behind = static_cast<char*>(copy) + plan.units * kStemUnit;
+  p.counters = reinterpret_cast<unsigned*>(behind);
+  p.pieces = reinterpret_cast<uint4*>(behind + pool.counter_units() * kStemUnit);
   return p;
 }
 
@@ -391,8 +535,9 @@ const char* conv3d_sm90_stem(const ConvArgs& args, const StemSource& source, con
                     {pitch, pixels, g.n * g.out.d},
                     {2, 2 * pitch, 2 * pitch * pixels},
                     {kStemChannels, int(plan.slice_rows * g.out.w), 1}};
-  TensorMap y;
-  if (const char* error = encode(&y, tiled)) return error;
+  TensorMap y{};
+  if (!plan.pool.frames)
+    if (const char* error = encode(&y, tiled)) return error;
   const RowsParams rows = rows_parameters(g, l, source, plan, workspace);
   const Params p = parameters(args, l, scale, plan, workspace);
   const bool bf16 = args.dtype == DType::kBFloat16;

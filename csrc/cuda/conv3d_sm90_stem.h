@@ -11,6 +11,9 @@
 // that a filter of R rows is R / group rows of units. A row begins with the padding on its left, and the
 // padding on its right is that of the next row. Rows that are `stride.h` apart are neighbours in memory: the
 // windows of several output rows are then at one distance from each other too.
+//
+// The max-pool that follows the stems of ResNets can be part of the kernel; the convolution's own outputs
+// then never leave shared memory. Their maxima do: see StemPool.
 #pragma once
 
 #include <cstdint>
@@ -93,6 +96,26 @@ inline const char* conv3d_sm90_stem_refuses(const ConvGeometry& g, DType dtype) 
   return nullptr;
 }
 
+// A max-pool with windows of 3 x 3 outputs, stride 2 and padding 1, along the frames too (`frames` 3) or not
+// (1). `frames` 0: none.
+//
+// A slice, the rows of one consumer in one plane, has outputs a to b - 1: pooled row j is the maximum over 2j
+// - 1 to 2j + 1, so the slice knows something of rows a / 2 to b / 2. That is what it leaves in memory, the
+// last row for the slice below it. Whoever leaves the last piece that a group, the pooled rows of one slice
+// in one pooled plane, is made of puts it together.
+struct StemPool {
+  int frames;
+  Dim3 out;             // pooled
+  int slices;           // of a plane
+  int slice_rows;       // pooled rows that a slice leaves, at most
+  int64_t slice_units;  // of 16 bytes: [slice_rows, out.w, 64 channels]
+  int64_t pieces;       // slices of all planes and tiles of channels
+  int64_t groups;       // counters: what has arrived of each group
+
+  int64_t counter_units() const { return ceil_div(groups * 4, kStemUnit); }
+  int64_t units() const { return counter_units() + pieces * slice_units; }
+};
+
 // The tiles of one width, or stages = 0 where there is no room.
 struct StemPlan {
   int kind;        // index into kStemPixels
@@ -103,8 +126,9 @@ struct StemPlan {
   int weight_bytes, slice_bytes, stage_bytes, shared_bytes;
   int64_t units;   // of the copy of x, with what tiles read behind its end
   int64_t cycles;  // the estimate that made it win
+  StemPool pool;   // behind the copy of x in the workspace
 
-  int64_t workspace_bytes() const { return units * kStemUnit; }
+  int64_t workspace_bytes() const { return (units + pool.units()) * kStemUnit; }
 };
 
 // What a consumer loads of one phase of a frame: from which row behind the tile's first, how much, and where
@@ -133,7 +157,27 @@ inline StemPhase stem_phase(const ConvGeometry& g, const StemLayout& l, int slic
   return p;
 }
 
-inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocessors) {
+// What the convolution makes, pooled.
+inline Dim3 stem_pooled(const Dim3& out, int frames) {
+  if (frames == 0) return out;
+  return {frames == 3 ? ceil_div(out.d, 2) : out.d, ceil_div(out.h, 2), ceil_div(out.w, 2)};
+}
+
+inline StemPool stem_pool(const ConvGeometry& g, int frames, int slice_rows, int slices) {
+  StemPool p{};
+  if (frames == 0) return p;
+  p.frames = frames;
+  p.out = stem_pooled(g.out, frames);
+  p.slices = slices;
+  p.slice_rows = (slice_rows + 1) / 2 + 1;
+  p.slice_units = p.slice_rows * p.out.w * (kStemChannels * 2 / kStemUnit);
+  const int64_t columns = ceil_div(g.k, kStemChannels) * slices;
+  p.pieces = columns * g.n * g.out.d;
+  p.groups = columns * g.n * p.out.d;
+  return p;
+}
+
+inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocessors, int pool_frames = 0) {
   const StemLayout l = stem_layout(g);
   const int n = kStemPixels[kind];
   StemPlan p{};
@@ -141,6 +185,8 @@ inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocesso
   if (g.out.w > n) return p;
   p.slice_rows = int((n - g.out.w) / l.pitch + 1);
   if (p.slice_rows > g.out.h) p.slice_rows = int(g.out.h);
+  // A pooled row would be in three slices.
+  if (pool_frames && p.slice_rows == 1 && g.out.h > 1) return p;
   p.tiles_a_plane = int(ceil_div(g.out.h, int64_t(kSm90Consumers) * p.slice_rows));
   p.channel_tiles = int(ceil_div(g.k, kStemChannels));
   p.tiles = g.n * g.out.d * p.tiles_a_plane * p.channel_tiles;
@@ -162,6 +208,7 @@ inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocesso
   p.shared_bytes = p.stages * p.stage_bytes + staging + control + tail;
   // The last tile of a plane may have fewer rows than it reads, of the last plane behind its end.
   p.units = g.n * g.in.d * l.frame_units() + kSm90Consumers * p.slice_rows * l.pitch + l.units;
+  p.pool = stem_pool(g, pool_frames, p.slice_rows, kSm90Consumers * p.tiles_a_plane);
   // both consumers' wgmmas take N / 2 clocks each
   const int64_t each = kSm90TileOverhead + g.kernel.d * l.blocks() * n +
                        int64_t(kSm90Consumers) * n * kStemChannels / kSm90OutputsPerClock;
@@ -170,11 +217,11 @@ inline StemPlan stem_plan_for(const ConvGeometry& g, int kind, int multiprocesso
 }
 
 // stages = 0 where none fits.
-inline StemPlan stem_plan(const ConvGeometry& g, int multiprocessors, int kind = -1) {
+inline StemPlan stem_plan(const ConvGeometry& g, int multiprocessors, int kind = -1, int pool_frames = 0) {
   StemPlan best{};
   for (int i = 0; i < kStemKinds; i++) {
     if (kind >= 0 && i != kind) continue;
-    const StemPlan p = stem_plan_for(g, i, multiprocessors);
+    const StemPlan p = stem_plan_for(g, i, multiprocessors, pool_frames);
     if (p.stages && (!best.stages || p.cycles < best.cycles)) best = p;
   }
   return best;
@@ -191,9 +238,10 @@ struct StemSource {
   const float* shift;                                        // [C] or null: 0
 };
 
-// y = act(scale[k] * conv + args.bias[k]); args.x, args.residual are not used; args.weight is packed. y's
-// pixels lie at sm90_pitch(K). `workspace`: plan.workspace_bytes() on the device, 16-byte aligned, of any
-// contents. Enqueues on `stream` of the current device. Returns null, or what went wrong.
+// y = act(scale[k] * conv + args.bias[k]), pooled where the plan says so; args.x, args.residual are not used;
+// args.weight is packed. y's pixels lie at sm90_pitch(K), 16-byte aligned. `workspace`:
+// plan.workspace_bytes() on the device, 16-byte aligned, of any contents. Enqueues on `stream` of the current
+// device. Returns null, or what went wrong.
 const char* conv3d_sm90_stem(const ConvArgs& args, const StemSource& source, const float* scale,
                              const StemPlan& plan, void* workspace, void* stream);
 

@@ -53,29 +53,6 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool3d_kernel(PoolArgs a) {
   }
 }
 
-// 16 bytes of channels, all minus infinity, and the larger of two: NaN wins.
-template <class T>
-__device__ __forceinline__ uint4 lowest(Pack<T, 8>) {
-  return {T::kLowest, T::kLowest, T::kLowest, T::kLowest};
-}
-__device__ __forceinline__ float4 lowest(Pack<float, 4>) {
-  return make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-}
-template <class T>
-__device__ __forceinline__ void raise(Pack<T, 8>& best, const Pack<T, 8>& v) {
-  best.raw = {T::max(best.raw.x, v.raw.x), T::max(best.raw.y, v.raw.y), T::max(best.raw.z, v.raw.z),
-              T::max(best.raw.w, v.raw.w)};
-}
-__device__ __forceinline__ void raise(Pack<float, 4>& best, const Pack<float, 4>& v) {
-  float larger[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float a = best.get(i), b = v.get(i);
-    larger[i] = b > a || b != b ? b : a;
-  }
-  best.set(larger);
-}
-
 constexpr int kPoolRows = 7;  // of outputs that a thread makes
 
 // The windows of the networks' stems: 3 x 3 positions of kDepth frames, every second row. A thread makes 16

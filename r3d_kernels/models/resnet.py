@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from r3d_kernels.backends import one_pass
 from r3d_kernels.graphs import GraphedModel
-from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
+from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks
 from r3d_kernels.ops.clip import channel_values
 from r3d_kernels.ops.conv3d import is_plain
 
@@ -784,18 +784,18 @@ class _ResNet(nn.Module):
 
     def _run_stem(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        first, *rest = self._stem_pairs()
+        *pairs, last = self._stem_pairs()
         raw = x.dtype == torch.uint8
         if self.fused and not self.training and not raw and not self._reads_planes(x):
             # Once, here: every layer behind keeps the format.
             x = x.contiguous(memory_format=torch.channels_last_3d)
-        if raw:
-            x = clip_conv_bn_act(x, self.clip_mean, self.clip_std, *first, fused=self.fused)
-        else:
-            x = conv_bn_act(x, *first, fused=self.fused)
-        for pair in rest:
-            x = conv_bn_act(x, *pair, fused=self.fused)
-        return x if self.maxpool is None else max_pool3d(x, self.maxpool, fused=self.fused)
+        for pair, pool in (*((pair, None) for pair in pairs), (last, self.maxpool)):
+            if raw:
+                x = clip_conv_bn_act(x, self.clip_mean, self.clip_std, *pair, pool=pool, fused=self.fused)
+            else:
+                x = conv_bn_act(x, *pair, pool=pool, fused=self.fused)
+            raw = False
+        return x
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """The output of every stage.

@@ -73,12 +73,14 @@ def in_graph(
     groups: int,
     activation: str | None,
     clip: tuple[tuple[float, ...] | None, tuple[float, ...] | None, torch.dtype] | None = None,
+    pool_frames: int = 0,
 ) -> Tensor:
     """`LayerState.run` as one node of the graph that Dynamo traces; `clip` is mean, std and dtype of a `ClipSource`."""
     *tensors, eps = norm or (0.0,)
     geometry = (stride, padding, dilation, groups)
+    source = clip or (None, None, None)
     return torch.ops.r3d_kernels.conv3d_bn_act(
-        x, weight, conv_bias, tensors, eps, residual, *geometry, activation, *(clip or (None, None, None))
+        x, weight, conv_bias, tensors, eps, residual, *geometry, activation, *source, pool_frames
     )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r3d_kernels import _extension
+from r3d_kernels._sm90_stem import WINDOWS
 from r3d_kernels.ops._flops import flop_formula
 from r3d_kernels.ops.conv3d_sm90 import tried
 
@@ -49,7 +50,7 @@ def trial_error(dtype: torch.dtype, kind: int, device: torch.device | str = "cud
     """The largest error of one kind of tile, relative to what rounding allows, on a small stem against float64.
 
     Three channels, three different paddings, tails of rows and channels, two samples, ReLU. At most 1 where the kernel
-    works; NaN is infinity here.
+    works; NaN is infinity here, and so are other maxima than torch's where it pools.
     """
     op = op or torch.ops.r3d_kernels.conv3d_sm90_stem
     g = torch.Generator("cpu").manual_seed(0)
@@ -58,7 +59,7 @@ def trial_error(dtype: torch.dtype, kind: int, device: torch.device | str = "cud
         # neither on the default device nor of the default dtype: a user may have set both
         return torch.randn(shape, generator=g, device="cpu", dtype=torch.float32)
 
-    x, weight = normal(2, 3, 4, 19, 26).to(dtype), (normal(69, 3, 3, 7, 5) / 315**0.5).to(dtype)
+    x, weight = normal(2, 3, 4, 19, 60).to(dtype), (normal(69, 3, 3, 7, 5) / 315**0.5).to(dtype)
     scale, bias = normal(69), normal(69)
 
     def conv(a: Tensor, b: Tensor) -> Tensor:
@@ -68,9 +69,15 @@ def trial_error(dtype: torch.dtype, kind: int, device: torch.device | str = "cud
     want = (conv(x, weight) * scale.double().view(wide) + bias.double().view(wide)).relu()
     size = conv(x.abs(), weight.abs()) * scale.double().abs().view(wide) + 5
     layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout(weight.shape, _TRIAL["stride"])
-    operands = (t.to(device) for t in (pack(weight, layout), scale, bias))
-    steps = (69, (3, 7, 5), *_TRIAL.values(), "relu", kind)
-    y = op(x.to(device), None, None, *operands, *steps).cpu().double()
+    operands = tuple(t.to(device) for t in (pack(weight, layout), scale, bias))
+
+    def run(pool_frames: int) -> Tensor:
+        steps = (69, (3, 7, 5), *_TRIAL.values(), "relu", kind, pool_frames)
+        return op(x.to(device), None, None, *operands, *steps).cpu().double()
+
+    y = run(0)
+    if not all(torch.equal(F.max_pool3d(y, *window), run(frames)) for frames, window in WINDOWS.items()):
+        return float("inf")
     allowed = 3e-6 * size + torch.finfo(dtype).eps / 2 * 1.001 * want
     return ((y - want).abs() / allowed).nan_to_num(float("inf")).max().item()
 
@@ -119,12 +126,16 @@ if _extension.has_cuda:
         padding: Sequence[int],
         activation: str,
         kind: int = -1,
+        pool_frames: int = 0,
     ) -> Tensor:
         torch._check(x.dim() == 5, lambda: f"x: expected 5 dimensions [N, C, D, H, W], got shape {x.shape}")
         size = [
             (i + 2 * p - f) // s + 1
             for i, f, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
         ]
+        if pool_frames:
+            window = zip(size, *WINDOWS[pool_frames], strict=True)
+            size = [(i + 2 * p - f) // s + 1 for i, f, s, p in window]
         shape = (x.shape[0], out_channels + -out_channels % 8, *size)
         y = torch.empty(shape, dtype=packed.dtype, device=x.device, memory_format=torch.channels_last_3d)
         return y.narrow(1, 0, out_channels)

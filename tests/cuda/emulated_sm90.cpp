@@ -49,6 +49,7 @@ static py::dict described(const ConvGeometry& g, const StemPlan& p) {
   py::dict d;
   d["kind"] = p.kind, d["stages"] = p.stages, d["slice_rows"] = p.slice_rows, d["tiles"] = p.tiles;
   d["shared_bytes"] = p.shared_bytes, d["units"] = p.units, d["cycles"] = p.cycles;
+  d["pieces_bytes"] = p.pool.units() * kStemUnit;
   d["layout"] = py::make_tuple(l.slots, l.group, l.row_groups, l.units, l.phases, l.rows, l.pitch);
   return d;
 }
@@ -91,7 +92,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("split"), py::arg("pitch") = std::array<int64_t, 4>{});
   // pointers: x, packed weights, scale, bias, y, the clip's scale and shift; `kind` -1: the plan's own choice
   m.def("stem", [](std::array<int64_t, 18> v, int dtype, bool relu, std::array<uintptr_t, 7> p,
-                   std::array<int64_t, 5> strides, int from, int kind) {
+                   std::array<int64_t, 5> strides, int from, int kind, int pool_frames) {
     ConvArgs a{};
     a.g = geometry(v);
     a.dtype = DType(dtype);
@@ -102,15 +103,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const StemSource source{pointer<void>(p[0]), strides[0], strides[1], strides[2],
                             strides[3],          strides[4], from,       pointer<float>(p[5]),
                             pointer<float>(p[6])};
-    const StemPlan plan = stem_plan(a.g, multiprocessors(), kind);
-    std::vector<uint4> workspace(size_t(plan.units), uint4{~0u, ~0u, ~0u, ~0u});  // NaN
+    const StemPlan plan = stem_plan(a.g, multiprocessors(), kind, pool_frames);
+    std::vector<uint4> workspace(size_t(plan.workspace_bytes() / kStemUnit),
+                                 uint4{~0u, ~0u, ~0u, ~0u});  // NaN
     check(conv3d_sm90_stem(a, source, pointer<float>(p[2]), plan, workspace.data(), nullptr));
     return described(a.g, plan);
   });
-  m.def("stem_plan", [](std::array<int64_t, 18> v, int multiprocessors, int kind) {
-    const ConvGeometry g = geometry(v);
-    return described(g, stem_plan(g, multiprocessors, kind));
-  });
+  m.def(
+      "stem_plan",
+      [](std::array<int64_t, 18> v, int multiprocessors, int kind, int pool_frames) {
+        const ConvGeometry g = geometry(v);
+        return described(g, stem_plan(g, multiprocessors, kind, pool_frames));
+      },
+      py::arg("geometry"), py::arg("multiprocessors"), py::arg("kind"), py::arg("pool_frames") = 0);
   m.def("stem_refuses", [](std::array<int64_t, 18> v, int dtype) {
     const char* why = conv3d_sm90_stem_refuses(geometry(v), DType(dtype));
     return std::string(why ? why : "");

@@ -28,6 +28,7 @@ enum Bug : int {
   kNoNamedBarrier,         // a flag is read before it is written
   kBarrierOverwritten,     // a load that is too long runs into the barriers
   kTicketTooEarly,         // a ticket speaks for threads that have not met yet
+  kWarpTicketTooEarly,     // the same, of a warp
   kNoWaitForEarlier,       // the kernel in front of this one may still write what is read
   kBugs
 };
@@ -125,19 +126,24 @@ __global__ void pipeline(const __grid_constant__ TensorMap a, const __grid_const
     if (bug == kReadBeforeProducts) hopper::wgmma_wait<0>();
 
     if (threadIdx.x == 70) *flag = tile;
-    if (bug == kTicketTooEarly && threadIdx.x == 0) hopper::take_ticket(tickets);
+    if (bug == kTicketTooEarly && threadIdx.x == 0) hopper::take_ticket<128>(tickets);
     if (bug != kNoNamedBarrier) hopper::named_barrier(1, 128);
-    if (bug != kTicketTooEarly && bug != kNoNamedBarrier && threadIdx.x == 0) hopper::take_ticket(tickets);
+    if (bug != kTicketTooEarly && bug != kNoNamedBarrier && threadIdx.x == 0)
+      hopper::take_ticket<128>(tickets);
     flags[tile * 128 + threadIdx.x] = float(*flag);
     hopper::named_barrier(1, 128);
+
+    if (bug != kWarpTicketTooEarly) hopper::warp_barrier();
+    if (lane < 2) hopper::take_ticket<32>(tickets + 1 + lane);
+    hopper::warp_barrier();
   }
 }
 
 template <int bug>
 const char* launch(const TensorMap (&m)[4], float* flags) {
-  unsigned tickets = 0;
+  unsigned tickets[3] = {};
   R3D_LAUNCH_SHARED(pipeline<bug>, dim3(1), dim3(kThreads), kShared, nullptr, m[0], m[1], m[2], m[3], flags,
-                    &tickets);
+                    tickets);
   return launch_error();
 }
 

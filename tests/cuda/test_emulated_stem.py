@@ -36,12 +36,15 @@ PROBLEMS = (
 
 
 class Case:
-    """A problem with its data; outputs of order 1. `source`: the dtype that x comes in; `planes`: NCDHW."""
+    """A problem with its data; outputs of order 1.
 
-    def __init__(self, text, dtype=torch.bfloat16, source=None, planes=True, seed=0):
+    source: the dtype that x comes in. planes: NCDHW. pool: frames of the windows of a max-pool, or 0.
+    """
+
+    def __init__(self, text, dtype=torch.bfloat16, source=None, planes=True, seed=0, pool=0):
         self.problem = p = ConvProblem.parse(text).validate()
         g = torch.Generator().manual_seed(seed)
-        self.dtype, self.source = dtype, source or dtype
+        self.dtype, self.source, self.pool = dtype, source or dtype, pool
         self.clip = [None, None]
         if self.source == torch.uint8:
             x = torch.randint(0, 256, p.in_shape, generator=g, dtype=torch.uint8)
@@ -76,8 +79,11 @@ class Case:
         size = size * (1 if self.clip[0] is None else 100)
         return y, 3e-6 * size + torch.finfo(self.dtype).eps / 2 * 1.001 * y.abs()
 
+    def pooled(self, y):
+        return F.max_pool3d(y.float(), *pool_window(self.pool)).to(y.dtype) if self.pool else y
+
     def run(self, emu, kind=-1):
-        y = in_rows(torch.full(self.want.shape, float("nan"), dtype=self.dtype), float("nan"))
+        y = in_rows(torch.full_like(self.pooled(self.want), float("nan"), dtype=self.dtype), float("nan"))
         layout = emu.stem_plan(geometry(self.problem), 2, kind)["layout"]
         self.packed = pack(self.weight, layout[:4])
         tensors = (self.x, self.packed, self.scale, self.bias, y, *self.clip)
@@ -91,6 +97,7 @@ class Case:
             list(self.x.stride()),
             SOURCES[self.source],
             kind,
+            self.pool,
         )
         return y, plan
 
@@ -101,6 +108,12 @@ class Case:
         assert not wrong.any(), f"{self.problem} {plan}: {int(wrong.sum())} of {y.numel()}, {error.max()}"
         assert not behind_channels(y).any()  # zeros, and so no NaN for whoever reads whole rows
         return y
+
+
+def pool_window(frames):
+    """kernel, stride, padding"""
+    along = (3, 2, 1) if frames == 3 else (1, 1, 0)
+    return tuple((depth, *plane) for depth, plane in zip(along, ((3, 3), (2, 2), (1, 1)), strict=True))
 
 
 @pytest.fixture
@@ -183,6 +196,75 @@ def test_random_problems(emu, seed):
     case.check(emu, rng.choice([-1, *KINDS]))
 
 
+def pools_the_same(emu, case, kind, frames):
+    """The pooled kernel gives the maxima of what the other one gives, bit for bit."""
+    if kind >= 0 and not emu.stem_plan(geometry(case.problem), 2, kind, frames)["stages"]:
+        kind = -1
+    y, _ = case.run(emu, kind)
+    case.pool = frames
+    pooled, plan = case.run(emu, kind)
+    want = case.pooled(y)
+    case.pool = 0
+    same = (pooled == want) | (pooled.isnan() & want.isnan())
+    assert same.all(), f"{case.problem} {frames} {plan}: {int((~same).sum())} of {same.numel()}"
+    assert not behind_channels(pooled).any()
+
+
+# Several slices of a plane, of 5, 4 and 3 rows, of 3, 2 and 2: pooled rows that two of them have a share in.
+SLICED = (
+    "n2c3d5h27w80k45f1x3x3s1x2x2p0x1x1",
+    "n1c1d4h15w140k70f3x3x3s1x1x2p1x0x1+relu",
+)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("text", PROBLEMS + SLICED)
+def test_pooled(emu, text, frames):
+    for kind in KINDS:
+        emu.configure(kind, 1, kind == 1, frames == 1, 2 + kind)
+        pools_the_same(emu, Case(text, list(DTYPES)[kind % 2]), kind, frames)
+
+
+def test_slices_and_rows_that_share_windows(emu):
+    rows = [
+        [emu.stem_plan(geometry(ConvProblem.parse(text)), 2, kind, 3)["slice_rows"] for kind in KINDS]
+        for text in SLICED
+    ]
+    assert rows == [[5, 4, 3], [3, 2, 0]]
+    # a slice of one row knows too little; without a pool it will do
+    assert emu.stem_plan(geometry(ConvProblem.parse(SLICED[1])), 2, 2, 3)["stages"] == 0
+    assert emu.stem_plan(geometry(ConvProblem.parse(SLICED[1])), 2, 2)["slice_rows"] == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_pooled(emu, seed):
+    rng = random.Random(seed)
+    stride = rng.choice([1, 2])
+    p = ConvProblem(
+        n=rng.choice([1, 2]),
+        c=rng.randint(1, 4),
+        d=rng.randint(1, 7),
+        h=rng.randint(3, 15) * stride,
+        w=rng.randint(20, 60) * stride,
+        k=rng.choice([8, 24, 45, 70]),
+        kernel=(rng.randint(1, 2), 3, 3),
+        stride=(1, stride, stride),
+        padding=(0, rng.randint(0, 1), rng.randint(0, 1)),
+    )
+    if p.kernel[0] > p.d:
+        p = ConvProblem(**{**vars(p), "d": 2})
+    emu.configure(rng.randrange(3), seed, rng.random() < 0.5, rng.random() < 0.5, rng.choice([1, 3, 7]))
+    pools_the_same(emu, Case(str(p), seed=seed), rng.choice(KINDS), rng.choice([1, 3]))
+
+
+@pytest.mark.parametrize(("text", "frames"), [(SLICED[0], 3), (PROBLEMS[3], 1), (PROBLEMS[8], 3)])
+def test_pooled_in_every_schedule_and_timing(emu, schedules, text, frames):
+    case = Case(text)
+    for (_, schedule, seed), timing in itertools.product(schedules, TIMINGS):
+        emu.configure(schedule, seed, *timing, 3)
+        pools_the_same(emu, case, -1, frames)
+
+
 @pytest.mark.parametrize("text", [PROBLEMS[0], PROBLEMS[3], PROBLEMS[5]])
 def test_nan_reaches_no_further_than_whole_windows(emu, text):
     """All outputs that torch makes NaN, and beside them only those whose windows of whole units hold it."""
@@ -256,7 +338,7 @@ def sanitized():
 def test_the_kernel_stays_inside_its_buffers(sanitized):
     result = sanitized()
     assert result.returncode == 0, result.stdout + result.stderr
-    for short in ("y", "rows"):
+    for short in ("y", "rows", "pieces"):
         result = sanitized(short)
         assert result.returncode != 0
         assert "heap-buffer-overflow" in result.stderr

@@ -23,6 +23,7 @@ BUGS = (
     "no named barrier",
     "barrier overwritten",
     "ticket too early",
+    "warp ticket too early",
     "no wait for earlier kernels",
 )
 MESSAGES = {
@@ -30,7 +31,8 @@ MESSAGES = {
     "no product fence": "wgmma without wgmma_fence",
     "too many bytes": "deadlock, .* waiting for an event",
     "too many arrivals": "more arrivals",
-    "ticket too early": "a ticket is taken before all threads of the warpgroup have met",
+    "ticket too early": "a ticket is taken before all threads that it speaks for have met",
+    "warp ticket too early": "a ticket is taken before all threads that it speaks for have met",
     "barrier overwritten": "an mbarrier was overwritten|writes past the block's shared memory",
 }
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import r3d_kernels.ops
 from r3d_kernels import _extension, backends
-from r3d_kernels._sm90_stem import Sm90Stem
+from r3d_kernels._sm90_stem import WINDOWS, Sm90Stem
 from r3d_kernels.ops import conv3d_sm90_stem
 from r3d_kernels.problems import ConvProblem
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(_extension.error is not None, reason="the compil
 HARA = "n2c3d4h19w22k64f7s1x2x2p3+relu"
 
 
-def refuses(text, dtype=torch.bfloat16):
+def refuses(text, dtype=torch.bfloat16, pool_frames=0):
     p = ConvProblem.parse(text)
     geometry = (p.in_shape, p.weight_shape, p.stride, p.padding, p.dilation)
-    return torch.ops.r3d_kernels.conv3d_sm90_stem_refuses(*geometry, dtype)
+    return torch.ops.r3d_kernels.conv3d_sm90_stem_refuses(*geometry, dtype, pool_frames)
 
 
 def test_refusals_reach_python():
@@ -28,6 +28,11 @@ def test_refusals_reach_python():
     assert "bfloat16 and float16" in refuses(HARA, torch.float32)
     assert "eight at most" in refuses("n1c64d4h8w8k64f3p1")
     assert "no room" in refuses("n1c3d4h400w470k64f1x17x7s1x2x2p0x8x3")
+    for frames in WINDOWS:
+        assert refuses(HARA, pool_frames=frames) == ""
+        # rows so long that a consumer has one of them: a pooled row would be in three slices
+        assert "no room" in refuses("n1c3d1h9w480k8f1x3x3s1x2x2p0x1x1", pool_frames=frames)
+    assert refuses("n1c3d1h9w480k8f1x3x3s1x2x2p0x1x1") == ""
     layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout
     assert layout([64, 3, 7, 7, 7], [1, 2, 2]) == [4, 1, 7, 4]
     assert layout([64, 1, 7, 7, 7], [2, 2, 2]) == [4, 4, 2, 4]
@@ -42,13 +47,13 @@ needs_cuda_code = pytest.mark.skipif(
 )
 
 
-def fake_call(text, dtype=torch.bfloat16, clip=torch.uint8):
+def fake_call(text, dtype=torch.bfloat16, clip=torch.uint8, pool_frames=0):
     p = ConvProblem.parse(text)
     x = torch.empty(p.in_shape, dtype=clip, device="cuda")
     layout = torch.ops.r3d_kernels.conv3d_sm90_stem_layout(p.weight_shape, p.stride)
     packed = conv3d_sm90_stem.pack(torch.empty(p.weight_shape, dtype=dtype, device="cuda"), layout)
     vector = torch.empty(p.k, device="cuda")
-    geometry = (p.k, p.kernel, p.stride, p.padding, "relu")
+    geometry = (p.k, p.kernel, p.stride, p.padding, "relu", -1, pool_frames)
     return p, torch.ops.r3d_kernels.conv3d_sm90_stem(x, None, None, packed, vector, vector, *geometry)
 
 
@@ -62,6 +67,12 @@ def test_fake(text):
     k = p.k + -p.k % 8
     d, h, w = p.out_size
     assert y.stride() == (d * h * w * k, 1, h * w * k, w * k, k)
+    for frames, window in WINDOWS.items():
+        with FakeTensorMode():
+            _, pooled = fake_call(text, pool_frames=frames)
+            want = torch.nn.functional.max_pool3d(torch.empty(p.out_shape), *window)
+        assert pooled.shape == want.shape
+        assert pooled.stride(4) == k
 
 
 @needs_cuda_code
@@ -128,17 +139,20 @@ def test_a_wrong_or_impossible_trial(hopper, monkeypatch):
 def test_the_trial_sees_a_wrong_result():
     """An op that torch computes in float64 passes, and none that is off by a hundredth."""
 
-    def op(wrong, x, clip_scale, clip_shift, packed, scale, bias, k, kernel, stride, padding, *how):
+    def op(wrong, pools, x, clip_scale, clip_shift, packed, scale, bias, k, kernel, stride, padding, *how):
         # the packed weights back: [tile, T, row, unit, 64, pixel, slot]
         w = packed.view(2, 3, 7, packed.shape[3], 64, 2, 4).permute(0, 4, 6, 1, 2, 3, 5)
         w = w.reshape(128, 4, 3, 7, -1)[:k, :3, ..., : kernel[2]].double()
         wide = (1, -1, 1, 1, 1)
         y = torch.nn.functional.conv3d(x.double(), w, None, stride, padding)
-        return (y * (scale.double() + wrong).view(wide) + bias.double().view(wide)).relu().to(x.dtype)
+        y = (y * (scale.double() + wrong).view(wide) + bias.double().view(wide)).relu().to(x.dtype)
+        *_, frames = how
+        return torch.nn.functional.max_pool3d(y, *WINDOWS[frames]) + pools if frames else y
 
     for dtype in (torch.bfloat16, torch.float16):
-        for wrong, good in ((0.0, True), (0.01, False)):
-            assert (conv3d_sm90_stem.trial_error(dtype, 0, "cpu", partial(op, wrong)) <= 1) == good
+        for wrong, pools, good in ((0.0, 0.0, True), (0.01, 0.0, False), (0.0, 1.0, False)):
+            error = conv3d_sm90_stem.trial_error(dtype, 0, "cpu", partial(op, wrong, pools))
+            assert (error <= 1) == good
 
 
 def test_packs_and_calls(monkeypatch):
@@ -154,6 +168,8 @@ def test_packs_and_calls(monkeypatch):
     source = r3d_kernels.ops.clip.ClipSource(torch.ones(3), torch.zeros(3), torch.bfloat16)
     kernel.run_clip(pack, t.x, source, r)
     for args, clip in zip(calls, ((None, None), source[:2]), strict=True):
+        assert args[-2:] == (-1, 0)  # any kind, no pool
+        args = args[:-2]
         x, clip_scale, clip_shift, packed, scale, bias, *geometry = args
         assert x is t.x
         assert (clip_scale, clip_shift) == clip
@@ -162,3 +178,19 @@ def test_packs_and_calls(monkeypatch):
         assert scale.dtype == bias.dtype == torch.float32
         assert geometry == [64, (7, 7, 7), (1, 2, 2), (3, 3, 3), "relu"]
     assert kernel.pack_key(r) == (torch.bfloat16, (1, 2, 2))
+
+
+def test_the_kernel_with_a_pool(hopper, monkeypatch):
+    calls = []
+    monkeypatch.setattr(conv3d_sm90_stem, "trial_error", lambda *how: 0.5)
+    monkeypatch.setattr(torch.ops.r3d_kernels, "conv3d_sm90_stem", lambda *args: calls.append(args))
+    kernel = Sm90Stem()
+    for frames in WINDOWS:
+        pooled = kernel.with_pool(request(), frames)
+        assert (pooled.name, pooled.packs_of) == ("wgmma stem with max-pool", "wgmma stem")
+        assert pooled.pack_key(request()) == kernel.pack_key(request())
+        pooled.run((), torch.empty(0), None, request())
+        assert calls[-1][-2:] == (-1, frames)
+        assert kernel.with_pool(request("n1c3d1h9w480k8f1x3x3s1x2x2p0x1x1"), frames) is None
+    assert len({key for _, key in kernel.remembers(request())}) == 2
+    assert all("max-pool" in key for _, key in kernel.remembers(request()))

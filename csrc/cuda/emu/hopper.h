@@ -235,7 +235,7 @@ class Hopper : public Engine {
 
   void named_barrier(int id, int count) {
     if (id < 1 || id > 15 || count % 32) fail("a named barrier has a number from 1 to 15 and whole warps");
-    met_[Machine::get().thread()]++;
+    met_[0][Machine::get().thread()]++;
     Named& b = named_[id];
     const unsigned generation = b.generation;
     if (++b.arrived == count) {
@@ -248,14 +248,25 @@ class Hopper : public Engine {
 
   // ---- between blocks: they run one after the other, so the order is checked and not tried
 
-  // Each ticket has a barrier before it and one behind it.
-  void take_ticket() {
+  void warp_barrier() {
+    met_[1][Machine::get().thread()]++;
+    __syncwarp();
+  }
+
+  // A ticket has a barrier before it and one behind it, of all that it speaks for.
+  void take_ticket(int threads) {
     check_waited();
-    int* first = met_.data() + Machine::get().thread() / 128 * 128;
-    for (int i = 0; i < 128; i++) {
-      if (first[i] < 2) fail("a ticket is taken before all threads of the warpgroup have met");
-      first[i] -= 2;
+    const int self = Machine::get().thread(), first = self / threads * threads;
+    const std::vector<int>& met = met_[threads == 32];
+    std::vector<int>& ticket = ticket_[threads == 32];
+    int latest = -2;
+    for (int i = first; i < first + threads; i++) {
+      if (met[i] < met[self]) fail("a ticket is taken before all threads that it speaks for have met");
+      latest = std::max(latest, ticket[i]);
     }
+    const bool between = met[self] == latest ? ticket[self] < latest : met[self] >= latest + 2;
+    if (met[self] == 0 || !between) fail("a ticket is taken before all threads that it speaks for have met");
+    ticket[self] = met[self];
   }
 
   // ---- seen by the machine
@@ -264,7 +275,8 @@ class Hopper : public Engine {
     barriers_.clear();
     copies_.clear();
     products_.assign(1024, {});
-    met_.assign(1024, 1);
+    for (std::vector<int>& met : met_) met.assign(1024, 0);
+    for (std::vector<int>& ticket : ticket_) ticket.assign(1024, -2);
     waited_.assign(1024, false);
     for (Named& b : named_) b = {};
     base_ = nullptr;
@@ -410,7 +422,8 @@ class Hopper : public Engine {
   std::vector<Copy> copies_;
   std::vector<Products> products_;
   std::vector<bool> waited_;
-  std::vector<int> met_;  // for each thread: barriers since its last ticket, and one
+  std::vector<int> met_[2];     // named barriers, and barriers of its warp, that a thread has come to
+  std::vector<int> ticket_[2];  // how many it had come to when it took its last ticket between such
   std::vector<int>
       unfenced_;  // for each 16 bytes of shared memory: the thread whose write is not fenced, or -1
   Named named_[16];
@@ -491,8 +504,11 @@ inline void fence_for_copies() { emu::Hopper::get().fence(); }
 
 inline void named_barrier(int id, int threads) { emu::Hopper::get().named_barrier(id, threads); }
 
-inline unsigned take_ticket(unsigned* counter) {
-  emu::Hopper::get().take_ticket();
+inline void warp_barrier() { emu::Hopper::get().warp_barrier(); }
+
+template <int kThreads>
+unsigned take_ticket(unsigned* counter) {
+  emu::Hopper::get().take_ticket(kThreads);
   return (*counter)++;
 }
 

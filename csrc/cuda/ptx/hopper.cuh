@@ -196,9 +196,14 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Between barriers of a warpgroup, by one of its threads: whoever takes a later ticket sees, behind its own
-// second barrier, what all threads wrote before the first one. Releases and acquires are cumulative, so no
-// other thread needs a fence.
+// Of all lanes of a warp.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// Between barriers of a warpgroup, or a warp, by one of its kThreads threads: whoever takes a later ticket of
+// the counter sees, behind its own second barrier, what all threads wrote before the first one. Releases and
+// acquires are cumulative, so no other thread needs a fence. Several may take one each, of different
+// counters.
+template <int kThreads>
 __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
