@@ -12,6 +12,8 @@ import torch
 from gpu_sections import Failed, NotHere, progress
 from torch import Tensor
 
+from r3d_kernels.ops.conv3d_sm90 import own_counters
+
 __all__ = [
     "FP32_PROMISE",
     "NO_EPS",
@@ -86,6 +88,7 @@ def captured(call: Callable[[], Any], count: int, pool: Any, stream: Any) -> Any
     """`count` calls as a CUDA graph; None where they cannot be captured. `call` has been warmed up.
 
     What each returns is freed within the capture, so that all calls, and all graphs of one pool, share its memory.
+    Split sums have counters of the graph's own, as in `GraphedModel`.
     """
     before = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
@@ -94,7 +97,8 @@ def captured(call: Callable[[], Any], count: int, pool: Any, stream: Any) -> Any
         with torch.cuda.stream(stream):
             call()  # what libraries keep for each stream is not to come from the graph's pool
         before.wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with own_counters(torch.cuda.current_device()) as graph.counters, capture:
             for _ in range(count):
                 call()
     except Exception as e:

@@ -326,6 +326,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   m.def(
       "conv3d_sm80_choice(int[] input, int[] weight, ScalarType dtype, int[] stride, int[] padding, int[] "
       "dilation, int multiprocessors, int tile=-1) -> int[]");
+  m.def("conv3d_sm90_lend(Tensor? counters) -> ()");
 #endif
   // tiles: bits of the tiles to choose from, for tests; split: parts of the sum, 0 for any
   m.def(
@@ -333,8 +334,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "padding, int[] dilation, str activation, int tiles=-1, int split=0) -> Tensor");
   m.def(
       "conv3d_sm90_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
-      "ScalarType "
-      "dtype) -> str");
+      "ScalarType dtype) -> str");
   m.def(
       "conv3d_sm90_choice(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int "
       "multiprocessors, int tiles=-1) -> int[]");

@@ -9,6 +9,10 @@
 #include "cuda/pool.h"
 #include "ops.h"
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace r3d {
 namespace {
 
@@ -21,14 +25,18 @@ ConvGeometry sm90_geometry(const Ints& input, const Ints& weight, const Ints& st
                   1);
 }
 
+// What is neither is refused as float32 is.
+DType kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? DType::kBFloat16
+         : dtype == ScalarType::Half   ? DType::kFloat16
+                                       : DType::kFloat32;
+}
+
 // Why the kernel cannot run this, or nothing. Needs no GPU.
 std::string conv3d_sm90_refuses(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
                                 ScalarType dtype) {
   const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
-  const DType type = dtype == ScalarType::BFloat16 ? DType::kBFloat16
-                     : dtype == ScalarType::Half   ? DType::kFloat16
-                                                   : DType::kFloat32;
-  const char* why = cuda::conv3d_sm90_refuses(g, type);
+  const char* why = cuda::conv3d_sm90_refuses(g, kernel_dtype(dtype));
   return why ? why : "";
 }
 
@@ -46,10 +54,7 @@ Ints conv3d_sm90_choice(Ints input, Ints weight, Ints stride, Ints padding, Ints
 std::string conv3d_sm90_stem_refuses(Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
                                      ScalarType dtype, int64_t pool_frames) {
   const ConvGeometry g = sm90_geometry(input, weight, stride, padding, dilation);
-  const DType type = dtype == ScalarType::BFloat16 ? DType::kBFloat16
-                     : dtype == ScalarType::Half   ? DType::kFloat16
-                                                   : DType::kFloat32;
-  if (const char* why = cuda::conv3d_sm90_stem_refuses(g, type)) return why;
+  if (const char* why = cuda::conv3d_sm90_stem_refuses(g, kernel_dtype(dtype))) return why;
   return cuda::stem_plan(g, 1, -1, int(pool_frames)).stages
              ? ""
              : "rows of this length leave no room in shared memory";
@@ -421,10 +426,55 @@ Tensor conv3d_sm90_stem_cuda(Tensor x, std::optional<Tensor> clip_scale, std::op
   return y;
 }
 
+// ---- counters of split sums, which every kernel leaves as zero as it has found them. To clear others in
+// front of a kernel takes the GPU longer than a small layer's products.
+
+constexpr int64_t kCounters = 1 << 13;  // of one stream: more than a split sum with one wave of tiles has
+constexpr size_t kMostStreams = 256;
+
+// Lent to what this thread calls until they are taken back, each counter once: a captured graph's own.
+struct Lent {
+  std::optional<Tensor> counters;
+  int64_t used = 0;
+};
+thread_local Lent lent;
+
+void conv3d_sm90_lend(std::optional<Tensor> counters) {
+  if (counters)
+    R3D_CHECK(counters->is_cuda() && counters->scalar_type() == ScalarType::Int && counters->dim() == 1 &&
+                  counters->is_contiguous(),
+              "counters: expected a contiguous int32 CUDA tensor of one dimension, got ",
+              name(counters->scalar_type()), " of shape ", text(sizes(*counters)));
+  lent = {counters, 0};
+}
+
+// Null where there are none: a kernel of a graph must not share counters with a kernel outside of it, which
+// may run at the same time.
+unsigned* zero_counters(const Tensor& x, int64_t count, void* stream) {
+  if (lent.counters && lent.counters->get_device() == x.get_device()) {
+    if (lent.used + count > lent.counters->numel()) return nullptr;
+    lent.used += count;
+    return static_cast<unsigned*>(lent.counters->mutable_data_ptr()) + lent.used - count;
+  }
+  if (count > kCounters || cuda::sm90_captures(stream)) return nullptr;
+  static std::mutex mutex;
+  using Kept = std::map<std::pair<int64_t, void*>, Tensor>;
+  static Kept& kept = *new Kept;  // never freed: at the end of a process the driver may be gone
+  const std::lock_guard lock(mutex);
+  const auto key = std::make_pair(int64_t(x.get_device()), stream);
+  auto found = kept.find(key);
+  if (found == kept.end()) {
+    if (kept.size() == kMostStreams) return nullptr;
+    Tensor fresh = uninitialized({kCounters}, {1}, ScalarType::Int, x);
+    if (cuda::sm90_clear(static_cast<unsigned*>(fresh.mutable_data_ptr()), kCounters, stream)) return nullptr;
+    found = kept.emplace(key, fresh).first;
+  }
+  return static_cast<unsigned*>(found->second.mutable_data_ptr());
+}
+
 Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std::optional<Tensor> residual,
                         Ints stride, Ints padding, Ints dilation, std::string activation, int64_t tiles,
                         int64_t split) {
-  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   ConvArgs a{};
   a.g = sm90_geometry(sizes(x), sizes(weight), stride, padding, dilation);
@@ -447,8 +497,7 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
   }
   Tensor y = empty_rows(output_shape(a.g), x);
   if (y.numel() == 0) return y;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  void* stream = current_stream(x);
   const Tensor xl = in_rows(x, a.dtype, stream, "conv3d_sm90"),
                wl = in_rows(weight, a.dtype, stream, "conv3d_sm90");
   const Tensor r = residual ? in_rows(*residual, a.dtype, stream, "conv3d_sm90") : xl;
@@ -459,17 +508,19 @@ Tensor conv3d_sm90_cuda(Tensor x, Tensor weight, Tensor scale, Tensor bias, std:
             text(sizes(weight)));
   Tensor workspace = y;
   void* scratch = nullptr;
+  unsigned* tickets = nullptr;
   if (plan.split > 1) {
     workspace = uninitialized({plan.workspace_bytes()}, {1}, ScalarType::Byte, x);
     scratch = workspace.mutable_data_ptr();
+    tickets = zero_counters(x, plan.tickets, stream);
   }
   a.x = xl.const_data_ptr();
   a.weight = wl.const_data_ptr();
   a.bias = static_cast<const float*>(b.const_data_ptr());
   a.y = y.mutable_data_ptr();
   const cuda::Sm90Pitch pitch{rows_pitch(xl), rows_pitch(wl), rows_pitch(r), cuda::sm90_pitch(a.g.k)};
-  const char* error =
-      cuda::conv3d_sm90(a, pitch, static_cast<const float*>(s.const_data_ptr()), plan, scratch, stream);
+  const char* error = cuda::conv3d_sm90(a, pitch, static_cast<const float*>(s.const_data_ptr()), plan,
+                                        scratch, tickets, stream);
   R3D_CHECK(!error, "r3d_kernels::conv3d_sm90: ", error ? error : "");
   return y;
 }
@@ -501,12 +552,10 @@ Tensor avg_pool_linear_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias)
 
 Tensor bn_act_cuda(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual,
                    std::string activation) {
-  R3D_CHECK(aoti_torch_get_current_cuda_stream, "x: a CUDA tensor, but this torch has no CUDA library");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const auto p = prepare_bn_act(x, scale, shift, residual, activation);
   if (!p.y.numel()) return p.y;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  void* stream = current_stream(x);
   const char* error = cuda::bn_act(p.a, stream);
   R3D_CHECK(!error, "r3d_kernels::bn_act on shape ", text(sizes(x)), ": ", error ? error : "");
   return p.y;
@@ -528,6 +577,7 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
+  m.impl("conv3d_sm90_lend", TORCH_BOX(&r3d::conv3d_sm90_lend));
   m.impl("conv3d_sm80_row", TORCH_BOX(&r3d::conv3d_sm80_row));
   m.impl("conv3d_sm80_refuses", TORCH_BOX(&r3d::conv3d_sm80_refuses));
   m.impl("conv3d_sm80_choice", TORCH_BOX(&r3d::conv3d_sm80_choice));

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r3d_kernels import backends
 from r3d_kernels._layer import layer_packs
+from r3d_kernels.ops.conv3d_sm90 import own_counters
 
 __all__ = ["GraphedModel", "graphed"]
 
@@ -31,7 +32,8 @@ class _Captured:
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # "thread_local": by default a cudaMalloc in any other thread would spoil the capture.
-        with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
+        with own_counters(device) as self._counters, capture:
             self._output = model(self.input)
         if not isinstance(self._output, Tensor):
             raise TypeError(f"model: expected one that returns a tensor, got {type(self._output).__name__}")

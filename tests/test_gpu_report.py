@@ -1139,6 +1139,7 @@ class FakeGpu:
             "set_stream": set_stream,
             "current_stream": lambda: self.streams[-1] if len(self.streams) > 1 else Stream(),
             "current_device": lambda: 0,
+            "get_device_capability": lambda device: (8, 0),
             "graph_pool_handle": object,
             "synchronize": lambda: None,
             "default_generators": [generator],

@@ -250,7 +250,11 @@ __device__ __forceinline__ bool join(const K& k, const Sm90Params& p, const Tile
 #pragma unroll
     for (int i = 0; i < kEach; i++) all[t.at.part * kPart + (m * kEach + i) * 128] = acc[m][i];
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
-  if (thread == 0) k.last[consumer] = hopper::take_ticket<128>(p.tickets + place) == unsigned(p.split - 1);
+  if (thread == 0) {
+    const bool last = hopper::take_ticket<128>(p.tickets + place) == unsigned(p.split - 1);
+    if (last) p.tickets[place] = 0;  // for the next launch
+    k.last[consumer] = last;
+  }
   hopper::named_barrier(kConsumerBarrier + consumer, 128);
   if (!k.last[consumer]) return false;
 #pragma unroll
@@ -481,7 +485,7 @@ const char* describe(const char* error, const ConvGeometry& g, const Sm90Plan& p
 }  // namespace sm90
 
 const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
-                        const Sm90Plan& plan, void* workspace, void* stream) {
+                        const Sm90Plan& plan, void* workspace, unsigned* tickets, void* stream) {
   using namespace sm90;
   if (args.g.pixels() == 0) return nullptr;
   const char* error = conv3d_sm90_refuses(args.g, args.dtype);
@@ -490,8 +494,11 @@ const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const floa
   Maps maps;
   if (!error) error = encode(&maps, args, pitch, plan);
   if (!error) {
-    const Sm90Params p = parameters(args, scale, plan, workspace);
-    if (plan.split > 1) error = clear(p.tickets, size_t(plan.tickets) * sizeof(unsigned), stream);
+    Sm90Params p = parameters(args, scale, plan, workspace);
+    if (tickets)
+      p.tickets = tickets;
+    else if (plan.split > 1)
+      error = sm90_clear(p.tickets, plan.tickets, stream);
     constexpr auto tiles = std::make_integer_sequence<int, kSm90TileCount>();
     if (!error)
       error = args.dtype == DType::kBFloat16 ? launch<BFloat16>(plan.tile, maps, p, plan.grid, stream, tiles)
@@ -499,6 +506,12 @@ const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const floa
   }
   return error ? describe(error, args.g, plan) : nullptr;
 }
+
+const char* sm90_clear(unsigned* tickets, int64_t count, void* stream) {
+  return clear(tickets, size_t(count) * sizeof(unsigned), stream);
+}
+
+bool sm90_captures(void* stream) { return captures(stream); }
 
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles, int split) {
   const int sms = multiprocessors();

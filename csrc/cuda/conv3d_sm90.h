@@ -137,7 +137,7 @@ struct Sm90Plan {
   int grid;         // blocks
   int64_t cycles;   // the estimate that made it win
   int64_t partial;  // floats of workspace; 0 without split
-  int64_t tickets;  // counters after them, zero before the launch
+  int64_t tickets;  // counters: behind them, or the caller's
 
   int64_t workspace_bytes() const { return 4 * (partial + tickets); }
 };
@@ -159,7 +159,9 @@ constexpr int64_t kSm90RowPartly = 4;     // and for the end of one with fewer t
 constexpr int64_t kSm90Latency = 1400;    // of a load, before its first byte
 constexpr int64_t kSm90TileOverhead = 1000;   // filling the pipeline, barriers
 constexpr int64_t kSm90OutputsPerClock = 10;  // of the epilogue
-constexpr int64_t kSm90Join = 10000;  // of a part of a split sum: fences, its ticket, the last part's wait
+// Of a part of a split sum: fences, its ticket, the last part's wait; and, in those benchmarks, counters that
+// were cleared in front of each kernel.
+constexpr int64_t kSm90Join = 10000;
 constexpr int64_t kSm90JoinPerClock = 64;  // bytes of parts, written and read again
 constexpr int64_t kSm90SmallestPart = 4;   // steps in a part of a split sum
 constexpr int kSm90Splits[] = {1, 2, 3, 4, 6, 8, 12, 16};
@@ -274,10 +276,18 @@ R3D_HOST_DEVICE inline Sm90Place sm90_place(int index, int pixel_tiles, int chan
 // args.weight is [K, T, R, S, C] as it is in the module, of the dtype of x: a weight in torch's
 // channels_last_3d. All tensors but the vectors lie at the pitches given. Batch norm is not folded into it: y
 // = act(scale[k] * conv + args.bias[k] + residual), so that no folded weight is rounded. `workspace`:
-// plan.workspace_bytes() bytes on the device, 16-byte aligned, of any contents. Enqueues the kernel on
-// `stream` (a cudaStream_t) of the current device. Returns null, or what went wrong.
+// plan.workspace_bytes() bytes on the device, 16-byte aligned, of any contents. `tickets`: plan.tickets
+// counters on the device that are zero when the kernel begins and when it has ended, and nobody else's
+// meanwhile; null has those in the workspace cleared in front of the kernel, which takes longer than a small
+// layer's products. Enqueues the kernel on `stream` (a cudaStream_t) of the current device. Returns null, or
+// what went wrong.
 const char* conv3d_sm90(const ConvArgs& args, const Sm90Pitch& pitch, const float* scale,
-                        const Sm90Plan& plan, void* workspace, void* stream);
+                        const Sm90Plan& plan, void* workspace, unsigned* tickets, void* stream);
+
+// Zeroes counters on the stream.
+const char* sm90_clear(unsigned* tickets, int64_t count, void* stream);
+// Whether what is enqueued on the stream goes into a CUDA graph, or nobody can tell.
+bool sm90_captures(void* stream);
 
 // sm90_plan for the current device; remembered for the geometries that the calling thread met last.
 Sm90Plan conv3d_sm90_plan(const ConvGeometry& g, unsigned tiles = ~0u, int split = 0);

@@ -5,8 +5,9 @@ It is called through `backends`; nothing here is for users.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -17,7 +18,16 @@ from r3d_kernels import _extension, tuning
 from r3d_kernels._sm90 import TILES
 from r3d_kernels.ops._flops import flop_formula
 
-__all__ = ["TILES", "in_rows", "proven", "proven_tiles", "refused", "trial_error", "tried"]
+__all__ = [
+    "TILES",
+    "in_rows",
+    "own_counters",
+    "proven",
+    "proven_tiles",
+    "refused",
+    "trial_error",
+    "tried",
+]
 
 _TRIAL = {"stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (1, 1, 2)}
 
@@ -160,6 +170,27 @@ def _lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+_COUNTERS = 1 << 15  # of all split sums of a pass; what finds none left clears its own
+
+
+@contextlib.contextmanager
+def own_counters(device: torch.device) -> Iterator[Tensor | None]:
+    """What this thread captures inside takes the counters of its split sums from the tensor given.
+
+    Whoever keeps the graph keeps it. Kernels leave counters as zero as they found them, and a graph does not run beside
+    itself, so they are cleared once and not, by another node, before every kernel. None where nothing needs them.
+    """
+    if not _extension.has_cuda or torch.cuda.get_device_capability(device)[0] != 9:
+        yield None
+        return
+    counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    torch.ops.r3d_kernels.conv3d_sm90_lend(counters)
+    try:
+        yield counters
+    finally:
+        torch.ops.r3d_kernels.conv3d_sm90_lend(None)
 
 
 if _extension.error is None:

@@ -31,7 +31,7 @@ static py::dict described(const Sm90Plan& p) {
   py::dict d;
   d["tile"] = p.tile, d["split"] = p.split, d["rows"] = p.rows, d["pixel_tiles"] = p.pixel_tiles;
   d["channel_tiles"] = p.channel_tiles, d["steps"] = p.steps, d["grid"] = p.grid, d["cycles"] = p.cycles;
-  d["workspace_bytes"] = p.workspace_bytes();
+  d["workspace_bytes"] = p.workspace_bytes(), d["tickets"] = p.tickets;
   return d;
 }
 
@@ -70,7 +70,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "conv3d",
       [](std::array<int64_t, 18> v, int dtype, bool relu, std::array<uintptr_t, 6> p, int tile, int split,
-         std::array<int64_t, 4> pitch) {
+         std::array<int64_t, 4> pitch, uintptr_t tickets) {
         ConvArgs a{};
         a.g = geometry(v);
         a.dtype = DType(dtype);
@@ -85,11 +85,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         std::vector<float> workspace(size_t(plan.workspace_bytes()) / 4, NAN);
         const auto or_dense = [&](int i, int64_t channels) { return pitch[i] ? pitch[i] : channels; };
         const Sm90Pitch all{or_dense(0, a.g.c), or_dense(1, a.g.c), or_dense(2, a.g.k), or_dense(3, a.g.k)};
-        check(conv3d_sm90(a, all, pointer<float>(p[2]), plan, workspace.data(), nullptr));
+        check(conv3d_sm90(a, all, pointer<float>(p[2]), plan, workspace.data(), pointer<unsigned>(tickets),
+                          nullptr));
         return described(plan);
       },
       py::arg("geometry"), py::arg("dtype"), py::arg("relu"), py::arg("pointers"), py::arg("tile"),
-      py::arg("split"), py::arg("pitch") = std::array<int64_t, 4>{});
+      py::arg("split"), py::arg("pitch") = std::array<int64_t, 4>{}, py::arg("tickets") = 0);
   // pointers: x, packed weights, scale, bias, y, the clip's scale and shift; `kind` -1: the plan's own choice
   m.def("stem", [](std::array<int64_t, 18> v, int dtype, bool relu, std::array<uintptr_t, 7> p,
                    std::array<int64_t, 5> strides, int from, int kind, int pool_frames) {

@@ -37,7 +37,7 @@ int main(int argc, char**) {
       const ConvArgs args{g,           DType::kFloat16, x.data(), w.data(),
                           bias.data(), residual.data(), y.data(), Activation::kRelu};
       if (const char* error =
-              conv3d_sm90(args, {c, c, k, k}, scale.data(), plan, workspace.data(), nullptr)) {
+              conv3d_sm90(args, {c, c, k, k}, scale.data(), plan, workspace.data(), nullptr, nullptr)) {
         std::printf("%s\n", error);
         failures++;
       }

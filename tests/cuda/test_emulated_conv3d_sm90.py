@@ -60,16 +60,17 @@ class Case:
         # float32 sums, then one rounding to the dtype
         return y, 3e-6 * size + torch.finfo(self.dtype).eps / 2 * 1.001 * y.abs()
 
-    def run(self, emu, tile=-1, split=1):
+    def run(self, emu, tile=-1, split=1, tickets=None):
         y = in_rows(torch.full(self.want.shape, float("nan"), dtype=self.dtype), float("nan"))
         tensors = (self.x, self.weight, self.scale, self.bias, self.residual, y)
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         args = (geometry(self.problem), DTYPES[self.dtype], self.problem.activation == "relu", pointers)
-        plan = emu.conv3d(*args, tile, split, pitches(self.x, self.weight, self.residual, y))
+        counters = 0 if tickets is None else tickets.data_ptr()
+        plan = emu.conv3d(*args, tile, split, pitches(self.x, self.weight, self.residual, y), counters)
         return y, plan
 
-    def check(self, emu, tile=-1, split=1):
-        y, plan = self.run(emu, tile, split)
+    def check(self, emu, tile=-1, split=1, tickets=None):
+        y, plan = self.run(emu, tile, split, tickets)
         error = (y.double() - self.want).abs()
         assert bool((error <= self.allowed).all()), (
             f"{self.problem} tile {plan['tile']} split {plan['split']}: {int((~(error <= self.allowed)).sum())} of "
@@ -220,6 +221,22 @@ def test_split_sums(emu, tile, split):
         emu.configure(schedule, seed, late, late, sms)
         outputs.append(case.check(emu, tile, split).view(torch.int16))
     assert all(torch.equal(outputs[0], y) for y in outputs)  # whichever block came last
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_counters_of_split_sums_are_left_as_they_were_found(emu, split):
+    case = Case("n1c72d2h4w10k136f3s1p1+res+relu")
+    count = emu.plan_for(geometry(case.problem), SMALL, split, 2)["tickets"]
+    tickets = torch.zeros(count + 1, dtype=torch.int32)
+    tickets[-1] = 7  # not theirs
+    first = case.check(emu, SMALL, split).view(torch.int16)
+    for schedule in range(3):
+        emu.configure(schedule, 1, False, False, 3)
+        assert torch.equal(case.check(emu, SMALL, split, tickets).view(torch.int16), first)
+        assert tickets.tolist() == [0] * count + [7]
+    tickets[0] = 1  # what somebody else has left: the sum ends without its last part
+    y, _ = case.run(emu, SMALL, split, tickets)
+    assert not torch.equal(y.view(torch.int16), first)
 
 
 @pytest.mark.parametrize("channels", [8, 24, 64, 128])

@@ -253,3 +253,31 @@ def test_a_full_gpu_tells_nothing_of_the_kernels(hopper, monkeypatch):
     assert conv3d_sm90.proven == {}  # later, perhaps
     monkeypatch.setattr(conv3d_sm90, "trial_error", lambda *a, padded: 0.5)
     assert Sm90Cuda().can_run(request()) is None
+
+
+@pytest.mark.skipif(not _extension.has_cuda, reason="no CUDA kernels were compiled (no nvcc)")
+def test_counters_are_lent_and_taken_back(monkeypatch):
+    calls, capability = [], (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(conv3d_sm90, "_COUNTERS", 5)
+    monkeypatch.setattr(torch.ops.r3d_kernels, "conv3d_sm90_lend", calls.append)
+    with conv3d_sm90.own_counters(torch.device("cpu")) as own:
+        assert own.tolist() == [0] * 5
+        assert own.dtype == torch.int32
+        assert calls == [own]
+    assert calls[1:] == [None]
+    with pytest.raises(ZeroDivisionError), conv3d_sm90.own_counters(torch.device("cpu")):
+        raise ZeroDivisionError
+    assert calls[3:] == [None]
+    capability = (8, 0)
+    with conv3d_sm90.own_counters(torch.device("cpu")) as own:
+        assert own is None
+    assert len(calls) == 4
+
+
+@pytest.mark.skipif(not _extension.has_cuda, reason="no CUDA kernels were compiled (no nvcc)")
+def test_what_may_be_lent():
+    lend = torch.ops.r3d_kernels.conv3d_sm90_lend
+    lend(None)
+    with pytest.raises(RuntimeError, match="counters: expected a contiguous int32 CUDA tensor"):
+        lend(torch.zeros(4, dtype=torch.int32))

@@ -594,6 +594,8 @@ const char* prepare(Devices&, Kernel, int) {
   return nullptr;
 }
 
+inline bool captures(void*) { return false; }
+
 inline const char* clear(void* p, size_t bytes, void*) {
   std::memset(p, 0, bytes);
   return nullptr;

@@ -22,6 +22,15 @@ inline const char* clear(void* p, size_t bytes, void* stream) {
   return error == cudaSuccess ? nullptr : launch_error();
 }
 
+// Whether what is enqueued on the stream goes into a graph; true as well where that cannot be asked now.
+inline bool captures(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // of the question alone: the launch behind it reports its own
+  return true;
+}
+
 // Those of the first 64 that a kernel is ready on.
 using Devices = std::atomic<uint64_t>;
 
