@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r3d_kernels import _cpu, _fork, tuning
@@ -28,7 +27,6 @@ from r3d_kernels._kernel import (
     Kernel,
     Layer,
     Request,
-    channels_last,
     describe,
     fp32_mode,
     memory_mode,
@@ -37,10 +35,12 @@ from r3d_kernels._kernel import (
     switch,
     work,
 )
+from r3d_kernels._race import Packs, measure, synchronize
 from r3d_kernels._sm80 import TILES, TensorCoreSm80, tf32_allowed
 from r3d_kernels._sm90 import TILES as SM90_TILES
 from r3d_kernels._sm90 import Sm90Cuda
 from r3d_kernels._sm90_stem import Sm90Stem
+from r3d_kernels._torch_kernels import CudnnBnAct, CudnnFused, OneDnn, Stock
 from r3d_kernels.problems import ConvProblem
 from r3d_kernels.triton.backend import TritonConv3d
 
@@ -119,181 +119,7 @@ def current_backend() -> str:
     return name
 
 
-# ------------------------------------------------------------------------------------------------- requests and kernels
-
-
-class OneDnn:
-    """oneDNN's fused convolution as torch ships it, with prepacked weights (a private API of torch: probed first)."""
-
-    name = "oneDNN"
-    backend = "torch"
-    copies_weights = True
-    private = True  # a torch that changes it must not break us: tried once before it may be chosen
-
-    def can_run(self, request: Request) -> str | None:
-        if request.device.type != "cpu":
-            return f"needs a CPU tensor, got {request.device.type}"
-        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-            return "oneDNN is missing from this torch or switched off"
-        if not _onednn_ops():
-            return "this torch has no fused oneDNN convolution"
-        if request.dtype == torch.bfloat16:
-            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                return "oneDNN has no bfloat16 on this processor"
-            if request.problem.torch_bf16_is_unsafe():
-                return "torch's bfloat16 convolution is wrong or corrupts memory here (pytorch#169688 and its kin)"
-        elif request.dtype != torch.float32:
-            return f"used for float32 and bfloat16 only, got {request.dtype}"
-        if request.problem.n == 0:
-            return "the batch is empty"
-        if request.problem.groups != 1 and request.problem.residual:
-            return "torch does not fuse a residual into a grouped convolution"
-        return None
-
-    def pack_key(self, request: Request) -> Hashable:
-        p = request.problem
-        return request.dtype, p.in_shape, p.stride, p.padding, p.dilation, request.threads
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        p = request.problem
-        weight = torch.ops.mkldnn._reorder_convolution_weight(
-            layer.folded_weight(request.dtype).contiguous(),
-            p.padding,
-            p.stride,
-            p.dilation,
-            p.groups,
-            p.in_shape,
-        )
-        return weight, layer.shift.to(request.dtype)
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        geometry = (p.padding, p.stride, p.dilation, p.groups)
-        x = channels_last(x)
-        if residual is None:
-            act = p.activation or "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, act, [], None)
-        residual = channels_last(residual)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, *pack, *geometry, "add", 1.0, p.activation, [], None
-        )
-
-
-class CudnnBnAct:
-    """cuDNN's convolution, then batch norm, residual and ReLU in one pass of our CUDA kernel (csrc/cuda/bn_act.cu)."""
-
-    name = "cuDNN + bn_act"
-    backend = "cuda"
-    host = 4e-6
-
-    def can_run(self, request: Request) -> str | None:
-        if request.device.type != "cuda":
-            return f"needs a CUDA tensor, got {request.device.type}"
-        if not describe()["cuda_compiled"]:
-            return "the CUDA kernels were not compiled (no nvcc at build time)"
-        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"has float32, bfloat16 and float16 only, got {request.dtype}"
-        return None
-
-    def pack_key(self, request: Request) -> Hashable:
-        return request.dtype
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        weight = layer.weight.to(request.dtype).contiguous(memory_format=torch.channels_last_3d)
-        scale = torch.ones_like(layer.shift) if layer.scale is None else layer.scale
-        return weight, scale.float(), layer.shift.float()
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        weight, scale, shift = pack
-        y = F.conv3d(channels_last(x), weight, None, p.stride, p.padding, p.dilation, p.groups)
-        return torch.ops.r3d_kernels.bn_act(y, scale, shift, residual, p.activation or "none")
-
-
-class CudnnFused:
-    """cuDNN's own convolution + bias + residual + ReLU, batch norm folded into weights and bias.
-
-    Folded weights are rounded once more than those of our kernels, less often than the stock layers' activations.
-    """
-
-    name = "cuDNN fused"
-    backend = "cuda"
-    host = 3e-6
-    private = True  # has been wrong or missing in releases (pytorch#62926, #163539): tried once
-    compared = True  # and held against the stock layers then
-
-    def can_run(self, request: Request) -> str | None:
-        p = request.problem
-        if request.device.type != "cuda":
-            return f"needs a CUDA tensor, got {request.device.type}"
-        if torch.version.hip is not None or not hasattr(torch, "cudnn_convolution_add_relu"):
-            return "this torch has no fused convolution of cuDNN's"
-        if request.dtype not in (torch.bfloat16, torch.float16):
-            return f"has bfloat16 and float16 only, got {request.dtype}"
-        if p.activation != "relu":
-            return "always ends in a ReLU"
-        return None
-
-    def pack_key(self, request: Request) -> Hashable:
-        return request.dtype
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        return channels_last(layer.folded_weight(request.dtype)), layer.shift.to(request.dtype)
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        geometry = (p.stride, p.padding, p.dilation, p.groups)
-        if residual is None:
-            return torch.cudnn_convolution_relu(channels_last(x), *pack, *geometry)
-        weight, shift = pack
-        return torch.cudnn_convolution_add_relu(
-            channels_last(x), weight, channels_last(residual), 1.0, shift, *geometry
-        )
-
-
-class Stock:
-    """torch's own layers, one after the other; takes everything that torch takes."""
-
-    name = "stock"
-    backend = "torch"
-    host = 6e-6
-
-    def can_run(self, request: Request) -> str | None:
-        return None
-
-    def pack_key(self, request: Request) -> Hashable:
-        return request.dtype
-
-    def pack(self, layer: Layer, request: Request) -> Any:
-        def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().to(request.dtype)
-
-        # batch norm keeps its own dtype: torch mixes float32 statistics with half-precision activations
-        return layer.weight.to(request.dtype), cast(layer.conv_bias), layer.norm
-
-    def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
-        p = request.problem
-        weight, bias, norm = pack
-        geometry = (p.stride, p.padding, p.dilation, p.groups)
-        if x.is_cpu and x.dtype == torch.bfloat16 and p.torch_bf16_is_unsafe():
-            wide = None if bias is None else bias.float()
-            y = F.conv3d(x.float(), weight.float(), wide, *geometry).to(x.dtype)
-        else:
-            y = F.conv3d(x, weight, bias, *geometry)
-        if norm is not None:
-            mean, var, gamma, beta, eps = norm
-            y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
-        if residual is not None:
-            y = y.add_(residual)
-        return y.relu_() if p.activation == "relu" else y
-
-
-@cache
-def _onednn_ops() -> bool:
-    ops = torch.ops.mkldnn
-    names = ("_convolution_pointwise", "_reorder_convolution_weight", "_is_mkldnn_bf16_supported")
-    return all(hasattr(ops, name) for name in names) and "binary" in ops._convolution_pointwise.overloads()
-
+# ---------------------------------------------------------------------------------------------------------- the kernels
 
 # In the order of preference where nothing may be measured; our CPU kernels among themselves by `cycles`.
 KERNELS: list[Kernel] = [
@@ -383,22 +209,13 @@ class Choice:
 _WORTH_A_COPY = 3.0
 _WORTH_FRESH_OUTPUTS = 1.2
 _MOST_COPIED = 2 << 20  # bytes of weights that a copy may be measured for
-_MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
-_SURELY_SLOWER = 1.3  # stock layers measured on a piece and this far behind are out
 _SMALL_COPY, _SMALL_OUTPUT = 1 << 18, 8 << 20  # bytes that nobody minds
 _MARGIN = 1.03  # a less preferred kernel has to be faster by more than the noise
-_BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
 _CLOSE = 1.3  # rivals within this factor may have lost by the machine's changing speed
 # Seconds after which its speed may be another: what a second and a third measurement wait for
 _LATER = (2.0, 20.0)
-_THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
 _measuring = _fork.Lock()  # two layers measured at once would measure each other
 _looked: dict[tuple[str, str], float] = {}  # when this process measured what it is to measure again
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def capturing(device: torch.device) -> bool:
@@ -420,150 +237,6 @@ def settled(device: torch.device) -> bool:
             return False
         torch.cuda.current_stream(device).synchronize()
     return True
-
-
-class _Packs(dict[str, Any]):
-    """Packed weights by the kernel's name, each made when it is asked for."""
-
-    def __init__(self, kernels: list[Kernel], packed: Any) -> None:
-        super().__init__()
-        self._make = {k.name: (packed, k) for k in kernels}
-
-    def __missing__(self, name: str) -> Any:
-        packed, kernel = self._make[name]
-        return self.setdefault(name, packed(kernel))
-
-
-def _piece(
-    x: Tensor, residual: Tensor | None, request: Request
-) -> tuple[Request, Tensor, Tensor | None] | None:
-    """The first planes alone, where the stock layers' unfolded input (im2col) would be the peak of memory."""
-    p = request.problem
-    unfolded = p.n * p.c * math.prod(p.kernel) * math.prod(p.out_size) * request.dtype.itemsize
-    if request.device.type != "cpu" or unfolded <= _MOST_UNFOLDED:
-        return None
-    depth = p.d
-    while depth > 1 and unfolded * depth > _MOST_UNFOLDED * p.d:
-        depth = (depth + 1) // 2
-    try:
-        part = replace(p, d=depth).validate()
-    except ValueError:  # fewer planes than the kernel is deep
-        return None
-    if part.macs == p.macs:
-        return None
-    cut = None if residual is None else residual[:, :, : part.out_size[0]]
-    return replace(request, problem=part), x[:, :, :depth], cut
-
-
-def _measure(
-    kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
-) -> dict[str, float]:
-    """Best seconds of each kernel; the stock layers may be timed on a part and scaled."""
-    if request.device.type == "cuda":
-        return _race_on_gpu(kernels, packs, x, residual, request)
-    stock = next((k for k in kernels if k.name == "stock"), None)
-    others = [k for k in kernels if k is not stock]
-    if stock is None or not others:
-        return _race(kernels, packs, x, residual, request)
-    # Alone, before the others have packed anything, and on as little as tells enough.
-    part, *data = _piece(x, residual, request) or (request, x, residual)
-    guess = _race([stock], packs, *data, part)["stock"] * request.problem.macs / part.problem.macs
-    best = _race(others, packs, x, residual, request)
-    if guess > _SURELY_SLOWER * min(best.values()):
-        return best | {"stock": guess}
-    return _race(kernels, packs, x, residual, request)
-
-
-_GPU_ROUNDS = 5
-
-
-def _gpu_seconds(call: Any, count: int, launch: float, device: torch.device) -> float:
-    """Seconds of the GPU for one of `count` calls behind one another, whatever their launches cost."""
-    with torch.cuda.device(device):
-        return tuning.queued_seconds(call, count, launch)
-
-
-def _race_on_gpu(
-    kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
-) -> dict[str, float]:
-    """Best seconds of each kernel by the GPU's own clock, interleaved.
-
-    The first call of each is not counted: libraries set themselves up in it, load their code and try algorithms, which
-    may take seconds and says nothing of the calls to come. A kernel that does not find the memory is left out.
-    """
-    best: dict[str, float] = {}
-    calls: dict[str, tuple[Any, int, float]] = {}
-    too_large: torch.OutOfMemoryError | None = None
-    for kernel in kernels:
-        try:
-            call = partial(kernel.run, packs[kernel.name], x, residual, request)
-            call()
-            synchronize(request.device)
-            begin = time.perf_counter()
-            call()
-            launch = time.perf_counter() - begin
-            synchronize(request.device)
-            took = time.perf_counter() - begin
-        except torch.OutOfMemoryError as e:  # others may need less
-            too_large = e.with_traceback(None)  # whose frames hold tensors
-            torch.cuda.empty_cache()
-            continue
-        best[kernel.name] = took
-        calls[kernel.name] = call, max(1, min(tuning.MOST_CALLS, int(tuning.SAMPLE / took))), launch
-    if too_large is not None and not best:
-        raise too_large
-    # By a clock that counts launches too: only what is slow beyond all doubt is left at that.
-    limit = max(_BUDGET, 3 * min(best.values()))
-    running = [name for name in calls if best[name] <= limit]
-    best |= dict.fromkeys(running, math.inf)
-    begin = time.perf_counter()
-    for done in range(_GPU_ROUNDS):
-        if done >= 2 and (len(running) < 2 or time.perf_counter() - begin > _BUDGET):
-            break
-        for name in running if done % 2 == 0 else reversed(running):
-            best[name] = min(best[name], _gpu_seconds(*calls[name], request.device))
-        if done:
-            limit = 2 * min(best.values())
-            running = [name for name in running if best[name] <= limit]
-    return best
-
-
-def _race(
-    kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
-) -> dict[str, float]:
-    """Seconds of each kernel, interleaved: the lower quartile; a kernel that is far behind is not repeated.
-
-    Each runs once, or twice if it may win; what is repeated beyond that ends after _BUDGET, or after three rounds where
-    they take less than _THREE_ROUNDS. The best of many calls may be one that found in the caches what it seldom finds
-    there, and the median one of a busy moment: three calls give the best, twelve the fourth.
-    """
-
-    def once(kernel: Kernel) -> float:
-        synchronize(request.device)
-        start = time.perf_counter()
-        kernel.run(packs[kernel.name], x, residual, request)
-        synchronize(request.device)
-        return time.perf_counter() - start
-
-    taken = {k.name: [once(k)] for k in kernels}  # warm-up: page faults, lazy initialisation
-    best = {name: times[0] for name, times in taken.items()}
-    # One call that took longer than the whole budget, and far longer than others, has told enough.
-    hopeless = max(_BUDGET, 3 * min(best.values()))
-    running, spent, rounds = [k for k in kernels if best[k.name] <= hopeless], 0.0, 0
-    # The winner runs once more in any case: its first call is no measure of the others to come.
-    while rounds == 0 or (
-        len(running) > 1 and rounds < 12 and (spent < _BUDGET or (rounds < 3 and spent < _THREE_ROUNDS))
-    ):
-        for k in running:
-            t = once(k)
-            taken[k.name].append(t)
-            best[k.name] = min(best[k.name], t)
-            spent += t
-        rounds += 1
-        # The best of two calls that is this far behind is not noise, even on a busy machine.
-        limit = 3 * min(best.values())
-        running = [k for k in running if best[k.name] <= limit or rounds < 2]
-    return {name: sorted(times)[(len(times) - 1) // 4] for name, times in taken.items()}
 
 
 def _price_of_memory(kernel: Kernel, request: Request) -> float:
@@ -764,12 +437,12 @@ def choose(
             return known
         left = len(_LATER) if known is None else 0
         if known is None:
-            seconds = _measure(able, _Packs(able, packed), x, residual, request)
+            seconds = measure(able, Packs(able, packed), x, residual, request)
         else:
             entry = tuning.shared.get(machine, key)
             seconds = dict(entry["seconds"])
             if rivals := _close(able, seconds, request):
-                second = _measure(rivals, _Packs(rivals, packed), x, residual, request)
+                second = measure(rivals, Packs(rivals, packed), x, residual, request)
                 seconds |= {name: min(taken, seconds[name]) for name, taken in second.items()}
                 left = _looks_left(entry) - 1
         able = [k for k in able if k.name in seconds]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import r3d_kernels as r3d
-from r3d_kernels import _layer, backends, tuning
+from r3d_kernels import _layer, _race, backends, tuning
 from r3d_kernels.ops import conv3d_sm90
 from r3d_kernels.problems import ConvProblem
 
@@ -203,7 +203,7 @@ def test_of_private_kernels_only_the_one_that_won_before_is_tried(measured, monk
     stock = next(k for k in backends.KERNELS if k.name == "stock")
     seconds = {"one": 2e-3, "other": 1e-3, "stock": 3e-3}
     monkeypatch.setattr(backends, "candidates", lambda *args: ([one, other, stock], {}))
-    monkeypatch.setattr(backends, "_measure", lambda able, *_: {k.name: seconds[k.name] for k in able})
+    monkeypatch.setattr(backends, "measure", lambda able, *_: {k.name: seconds[k.name] for k in able})
     wrong: dict[str, str] = {}
     monkeypatch.setattr(
         backends, "_fails", lambda kernel, *_: tried.append(kernel.name) or wrong.get(kernel.name)
@@ -237,7 +237,7 @@ def test_measures_once_and_remembers(measured, monkeypatch) -> None:
     assert list(entries) == [f"{P} float32"]
 
     monkeypatch.setattr(tuning, "shared", tuning.TuningCache())  # a new process
-    monkeypatch.setattr(backends, "_measure", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(backends, "measure", lambda *a: pytest.fail("measured again"))
     again = run(layer())
     assert again.reason.startswith("measured earlier")
     assert again.kernel == first.kernel
@@ -249,12 +249,12 @@ def test_the_fastest_wins(measured, monkeypatch) -> None:
         times = {name: 1.0 if name == winner else 2.0 for name in able}
         monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
         measured.unlink(missing_ok=True)
-        monkeypatch.setattr(backends, "_measure", lambda *a, times=times: times)
+        monkeypatch.setattr(backends, "measure", lambda *a, times=times: times)
         assert run(layer()).kernel.startswith(winner)
     # within the noise the preferred one is kept
     monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
     measured.unlink()
-    monkeypatch.setattr(backends, "_measure", lambda *a: {n: 1.0 - 0.002 * i for i, n in enumerate(able)})
+    monkeypatch.setattr(backends, "measure", lambda *a: {n: 1.0 - 0.002 * i for i, n in enumerate(able)})
     record = run(layer())
     assert record.kernel.startswith(able[0])
     assert record.reason.startswith("measured: preferred, within 3 % of ")
@@ -265,7 +265,7 @@ class Watch:
 
     def __init__(self, monkeypatch, **seconds: float) -> None:
         self.seconds, self.now, self.measured = seconds, 1e6, []
-        monkeypatch.setattr(backends, "_measure", self.measure)
+        monkeypatch.setattr(backends, "measure", self.measure)
         monkeypatch.setattr(backends.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(backends, "_looked", {})
 
@@ -352,7 +352,7 @@ def test_what_is_clear_at_a_second_look_is_settled(again, measured, monkeypatch)
 def test_the_lower_quartile_decides(monkeypatch) -> None:
     """Not the best call, which found in the caches what it seldom finds there, and not a busy machine's median."""
     clock = [0.0]
-    monkeypatch.setattr(backends.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(_race.time, "perf_counter", lambda: clock[0])
 
     class Told(Sleeper):
         def run(self, *args) -> None:
@@ -362,7 +362,7 @@ def test_the_lower_quartile_decides(monkeypatch) -> None:
     lucky, steady = Told("lucky", 0.0), Told("steady", 0.0)
     lucky.told, steady.told = [3e-3, 1e-3, *[3e-3] * 11], [2e-3, 2e-3, *[9e-3] * 2, *[2e-3] * 9]
     packs = {"lucky": None, "steady": None}
-    seconds = backends._race([lucky, steady], packs, None, None, request_for())
+    seconds = _race._race([lucky, steady], packs, None, None, request_for())
     assert lucky.calls == steady.calls == 13
     assert seconds == pytest.approx({"lucky": 3e-3, "steady": 2e-3})
 
@@ -404,7 +404,7 @@ class Sleeper:
 )
 def test_measuring_is_bounded(seconds: tuple, least: tuple, most: tuple) -> None:
     kernels = [Sleeper(str(i), s) for i, s in enumerate(seconds)]
-    best = backends._measure(kernels, {k.name: None for k in kernels}, None, None, request_for())
+    best = backends.measure(kernels, {k.name: None for k in kernels}, None, None, request_for())
     for kernel, low, high in zip(kernels, least, most, strict=True):
         assert low <= kernel.calls <= high, (kernel.name, kernel.calls)
         assert best[kernel.name] >= kernel.seconds
@@ -433,15 +433,15 @@ def gpu_clock(monkeypatch) -> None:
         assert launch >= kernel.seconds
         return kernel.device * (1.0 if kernel.measured == 2 else 1.5)  # the best of all is the answer
 
-    monkeypatch.setattr(backends, "_gpu_seconds", seconds)
-    monkeypatch.setattr(backends, "synchronize", lambda device: None)
+    monkeypatch.setattr(_race, "_gpu_seconds", seconds)
+    monkeypatch.setattr(_race, "synchronize", lambda device: None)
 
 
 def test_what_a_library_does_in_its_first_call_is_not_held_against_it(gpu_clock) -> None:
     """cuDNN's first convolution in a process takes seconds, and may yet be the fastest."""
     ours, cudnn = GpuKernel("ours", 0.0, 0.0, 2e-5), GpuKernel("stock", 0.25, 0.001, 1e-5)
     request = backends.Request(P, torch.float32, torch.device("cuda"), 1)
-    best = backends._measure([ours, cudnn], {"ours": None, "stock": None}, None, None, request)
+    best = backends.measure([ours, cudnn], {"ours": None, "stock": None}, None, None, request)
     assert best == {"ours": 2e-5, "stock": 1e-5}
 
 
@@ -453,7 +453,7 @@ def test_measuring_on_a_gpu_is_bounded(gpu_clock) -> None:
         GpuKernel("hopeless", 0.0, 0.12, 1.0),
     ]
     request = backends.Request(P, torch.float32, torch.device("cuda"), 1)
-    best = backends._measure(kernels, {k.name: None for k in kernels}, None, None, request)
+    best = backends.measure(kernels, {k.name: None for k in kernels}, None, None, request)
     assert [k.measured for k in kernels] == [2, 5, 5, 0]
     assert best["hopeless"] >= 0.12
     assert [best[k.name] for k in kernels[:3]] == [5e-5, 1.1e-5, 1e-5]
@@ -510,9 +510,9 @@ def test_a_kernel_that_finds_no_memory_ends_no_pass(gpu_clock, measured, monkeyp
     kernels = [Large("stock", 0.0, 0.0, 1e-6), GpuKernel("ours", 0.0, 0.0, 1e-5)]
     request = backends.Request(P, torch.float32, torch.device("cuda"), 1)
     packs = {k.name: None for k in kernels}
-    assert backends._measure(kernels, packs, None, None, request) == {"ours": 1e-5}
+    assert backends.measure(kernels, packs, None, None, request) == {"ours": 1e-5}
     with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
-        backends._measure(kernels[:1], packs, None, None, request)
+        backends.measure(kernels[:1], packs, None, None, request)
 
     monkeypatch.setattr(backends, "candidates", lambda *args: (list(kernels), {}))
     monkeypatch.setattr(backends, "capturing", lambda device: False)
@@ -635,13 +635,13 @@ def test_stock_layers_are_measured_on_a_piece() -> None:
                 super().run()
 
         kernels = [Sleeper("ours", 0.003), Stock("stock", seconds)]
-        best = backends._measure(kernels, {"ours": None, "stock": None}, t.x, t.residual, request)
+        best = backends.measure(kernels, {"ours": None, "stock": None}, t.x, t.residual, request)
         assert set(best) == {"ours", "stock"}
         assert seen[:2] == [2, 2]
         assert seen[2:].count(8) >= whole
         assert whole or len(seen) == 2
-    assert backends._piece(t.x, t.residual, request_for()) is None  # small
-    assert backends._piece(t.x, None, request_for("n1c64d1h90w90k8f3p1")) is None  # one plane
+    assert _race.piece(t.x, t.residual, request_for()) is None  # small
+    assert _race.piece(t.x, None, request_for("n1c64d1h90w90k8f3p1")) is None  # one plane
 
 
 def test_losing_packs_are_freed(measured) -> None:
@@ -803,7 +803,7 @@ def test_choose_for_a_problem(measured, monkeypatch) -> None:
     choice = backends.choose_for(P, torch.float32)
     assert choice.reason.startswith("measured: ")
     with monkeypatch.context() as m:
-        m.setattr(backends, "_measure", lambda *a: pytest.fail("measured again"))
+        m.setattr(backends, "measure", lambda *a: pytest.fail("measured again"))
         assert run(layer()).reason.startswith("measured earlier: ")  # the layer finds it
     with r3d.backend("cpu"):
         assert backends.choose_for(P, torch.float32, asked="torch").kernel.backend == "torch"

@@ -120,7 +120,7 @@ def test_measuring_in_several_threads_at_once(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
     monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
-    measured, at_once, real = [], threading.Lock(), backends._measure
+    measured, at_once, real = [], threading.Lock(), backends.measure
 
     def watched(kernels, packs, x, residual, request):
         assert at_once.acquire(blocking=False), "two layers are measured at once"
@@ -130,7 +130,7 @@ def test_measuring_in_several_threads_at_once(monkeypatch, tmp_path) -> None:
         finally:
             at_once.release()
 
-    monkeypatch.setattr(backends, "_measure", watched)
+    monkeypatch.setattr(backends, "measure", watched)
     torch.set_num_threads(1)
     models, x = networks(2), clips(1)[0]
 
@@ -340,14 +340,14 @@ import signal, threading
 from r3d_kernels import backends
 torch.set_num_threads(1)
 inside, go_on = threading.Event(), threading.Event()
-real = backends._measure
+real = backends.measure
 
 def slow(*args):
     inside.set()
     go_on.wait(200)
     return real(*args)
 
-backends._measure = slow
+backends.measure = slow
 model = build()
 
 def use():
@@ -360,7 +360,7 @@ assert inside.wait(200)
 pid = os.fork()
 if pid == 0:
     signal.alarm(200)
-    backends._measure = real
+    backends.measure = real
     use()
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

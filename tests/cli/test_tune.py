@@ -34,7 +34,7 @@ def instant(monkeypatch):
         measured.append(str(request))
         return {kernel.name: 1e-3 * (i + 1) for i, kernel in enumerate(kernels)}
 
-    monkeypatch.setattr(backends, "_measure", measure)
+    monkeypatch.setattr(backends, "measure", measure)
     return measured
 
 
@@ -55,7 +55,7 @@ def test_a_forward_pass_measures_nothing_any_more(capsys, monkeypatch, cache) ->
     chosen = entries(cache)
 
     monkeypatch.setattr(tuning, "shared", tuning.TuningCache())  # a new process
-    monkeypatch.setattr(backends, "_measure", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(backends, "measure", lambda *a: pytest.fail("measured again"))
     torch.set_num_threads(1)
     model = r3d.create_model("hara_r3d_10", fused=True).eval()
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def test_close_rivals_are_measured_twice_more_after_all_others(capsys, monkeypat
         seconds = {kernel.name: 2e-3 for kernel in kernels}
         return seconds | {kernels[0].name: 0.8e-3 if again else 1.2e-3, kernels[-1].name: 1e-3}
 
-    monkeypatch.setattr(backends, "_measure", measure)
+    monkeypatch.setattr(backends, "measure", measure)
     monkeypatch.setattr(backends, "_LATER", (0.0, 0.1))
     assert main([*SMALL, "--json", "-"]) == 0
     layers = report(capsys)["layers"]
