@@ -10,6 +10,7 @@ with torch.inference_mode():
 from r3d_kernels import backends, models, ops, reference
 from r3d_kernels._version import __version__
 from r3d_kernels.backends import backend, explain
+from r3d_kernels.fusing import fuse, unfuse
 from r3d_kernels.models import (
     BasicBlock,
     Bottleneck,
@@ -36,9 +37,11 @@ __all__ = [
     "conv3x3x3",
     "create_model",
     "explain",
+    "fuse",
     "list_models",
     "load_checkpoint",
     "models",
     "ops",
     "reference",
+    "unfuse",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+@cache
+def _is_plain_conv(cls: type[nn.Module]) -> bool:
+    """Whether it is a convolution as torch runs it: torchvision's are a subclass with a name for their stride."""
+    own = ("forward", "_conv_forward", "__call__")
+    return issubclass(cls, nn.Conv3d) and all(getattr(cls, n) is getattr(nn.Conv3d, n) for n in own)
+
+
 def _is_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in module._modules  # hasattr would raise and catch, at every call
 
@@ -52,7 +60,7 @@ def _settled(
     if (
         state is None
         or state.owner is None  # a copy belongs to nobody yet
-        or type(conv) is not nn.Conv3d
+        or not _is_plain_conv(type(conv))
         or own["_modules"]  # parametrized
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -125,8 +133,8 @@ def _settled(
 # Modules' dicts are read directly here too, where a graph of torch.compile or a first call comes by.
 def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> str | None:
     """Why this layer has to go through its stock modules, or None."""
-    if type(conv) is not nn.Conv3d or _is_parametrized(conv):
-        return "the convolution is a subclass or parametrized"
+    if not _is_plain_conv(type(conv)) or _is_parametrized(conv):
+        return "the convolution is a subclass with a forward of its own, or parametrized"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
     if has_hooks(conv) or (bn is not None and has_hooks(bn)):
@@ -176,7 +184,7 @@ def _trains_through_triton(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, res
         return False
     if torch.compiler.is_compiling():  # inductor compiles the stock layers, forward and backward
         return False
-    if current_backend() != "triton" or type(conv) is not nn.Conv3d:
+    if current_backend() != "triton" or not _is_plain_conv(type(conv)):
         return False
     if _is_parametrized(conv) or _is_parametrized(bn) or has_hooks(conv) or has_hooks(bn):
         return False
@@ -236,7 +244,7 @@ def _is_fresh(y: Tensor, conv: nn.Module, bn: nn.Module | None, other: Tensor | 
 
     True for what plain convolutions and batch norms return: their backward passes do not need it.
     """
-    plain = type(conv) is nn.Conv3d and (bn is None or type(bn) in _NORMS)
+    plain = _is_plain_conv(type(conv)) and (bn is None or type(bn) in _NORMS)
     return (
         plain and type(y) is Tensor and (other is None or (type(other) is Tensor and other.dtype == y.dtype))
     )
