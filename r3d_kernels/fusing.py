@@ -129,9 +129,11 @@ def _takes_tensors_only(module: nn.Module) -> bool:
 
 
 def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
-    """The graph of the module's forward, and the modules that are part of it and not called; None: cannot."""
-    cls = type(module)
+    """The graph of the module's forward in evaluation, and the modules that are part of it and not called, or None."""
+    cls, training = type(module), [m for m in module.modules() if m.training]
     try:
+        for m in training:
+            m.training = False  # train() may do more
         module.__class__ = _original(cls)  # whose signature is its own
         if not _takes_tensors_only(module):
             return None
@@ -145,6 +147,8 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
         return None
     finally:
         module.__class__ = cls
+        for m in training:
+            m.training = True
 
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}

@@ -370,6 +370,20 @@ def test_training_is_as_before(network) -> None:
     assert gradient.abs().sum() > 0
 
 
+def test_a_graph_is_that_of_evaluation() -> None:
+    class Noisy(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y + 100 if self.training else F.dropout(y, 0.5, self.training)
+
+    model = r3d.fuse(made(Noisy).train())
+    assert all(m.training for m in model.modules())
+    with torch.no_grad():
+        assert (model(X) >= 100).all()
+        assert_keeps_promise(model.eval()(X), exact(model))
+    assert problems(model) == BLOCKS[Plain]
+
+
 def test_unfuse(network) -> None:
     before = [type(m) for m in network.modules()]
     with warnings.catch_warnings():
