@@ -22,6 +22,7 @@ from r3d_kernels.models import (
     load_checkpoint,
 )
 from r3d_kernels.nn import ConvBNAct3d
+from r3d_kernels.verifying import verify
 
 __all__ = [
     "BasicBlock",
@@ -41,4 +42,5 @@ __all__ = [
     "models",
     "ops",
     "reference",
+    "verify",
 ]
