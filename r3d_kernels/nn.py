@@ -452,14 +452,14 @@ def clip_conv_bn_act(
     return conv_bn_act(x, conv, bn, activation=activation, pool=pool, fused=fused)
 
 
-def _is_plain_pool(pool: nn.MaxPool3d) -> bool:
+def is_plain_pool(pool: nn.MaxPool3d) -> bool:
     special = pool.return_indices or pool.ceil_mode or has_hooks(pool) or pool.dilation not in (1, (1, 1, 1))
     return type(pool) is nn.MaxPool3d and not special
 
 
 def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
     """A key of `_pooled.WINDOWS` where the layer in front of the max-pool may take it over, else 0."""
-    if not x.is_cuda or not _is_plain_pool(pool):
+    if not x.is_cuda or not is_plain_pool(pool):
         return 0
     names = ("kernel_size", "stride", "padding")
     return frames_of(*(_check.triple(getattr(pool, name), name) for name in names))
@@ -467,7 +467,7 @@ def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:
     """``pool(x)``, by our channels-last kernel where it can. x: [N, C, D, H, W]."""
-    if not fused or not _is_plain_pool(pool):
+    if not fused or not is_plain_pool(pool):
         return pool(x)
     return _max_pool3d(x, pool.kernel_size, pool.stride, pool.padding)
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 from r3d_kernels import _check, _fork, backends
 from r3d_kernels._promise import ROUNDING, STOCK_BROKEN, allowed
 from r3d_kernels._report import LayerRow, NetworkRow, Report
-from r3d_kernels.nn import LayerCall, has_hooks, max_pool3d, observed_by
+from r3d_kernels.nn import LayerCall, is_plain_pool, max_pool3d, observed_by
 from r3d_kernels.ops.clip import normalized_clip
 from r3d_kernels.problems import ConvProblem
 
@@ -141,8 +141,8 @@ class _Recorder:
         self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
 
     def __call__(self, call: LayerCall) -> Tensor:
-        if call.pool is not None and has_hooks(call.pool):
-            # a module of its own then, which may return whatever its hooks like
+        if call.pool is not None and not is_plain_pool(call.pool):
+            # a module of its own then, which may return indices too, or whatever its hooks like
             return max_pool3d(self(call._replace(pool=None)), call.pool, fused=call.fused)
         why = call.why_stock()
         y = call.run()

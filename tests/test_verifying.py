@@ -6,14 +6,16 @@ import copy
 import json
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import r3d_kernels as r3d
-from r3d_kernels import backends, verifying
+from r3d_kernels import _extension, _pooled, backends, verifying
 from r3d_kernels import nn as layers
+from r3d_kernels.ops.clip import ClipSource, normalized_clip
 from r3d_kernels.problems import ConvProblem
 
 MEAN, STD = (110.8, 103.3, 96.3), (70.6, 69.2, 69.8)
@@ -399,12 +401,56 @@ def test_samples_that_depend_on_each_other(returns) -> None:
     assert report.network.allowed == 1e-5
 
 
-def test_a_hook_on_the_pool_sees_what_it_does_otherwise() -> None:
-    model, seen = small(), []
-    model.maxpool.register_forward_hook(lambda module, args, y: seen.append(args[0].shape) or 2 * y)
+@pytest.mark.parametrize("option", ["return_indices", "ceil_mode", "hook"])
+def test_pools_that_are_modules_of_their_own(option) -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv3d(3, 8, 3), nn.MaxPool3d(3, 2)
+
+        def forward(self, x):
+            y = layers.conv_bn_act(x, self.conv, None, pool=self.pool)
+            return y[0] if option == "return_indices" else y
+
+    model, seen = Stem().eval(), []
+    if option == "hook":
+        model.pool.register_forward_hook(lambda module, args, y: seen.append(y.shape) or 2 * y)
+    else:
+        setattr(model.pool, option, True)
     report = r3d.verify(model, clip())
     assert report.ok, str(report)
-    assert seen[0] == (2, 16, 6, 12, 12)
+    assert report.network.allowed == 1e-5
+    assert len(seen) == (3 + 1 if option == "hook" else 0)  # as it is, stock, two samples in float64
+
+
+# -- what only a GPU does, on CPU tensors that pass for its own ----------------------------------------------
+
+
+@pytest.mark.skipif(_extension.error is not None, reason="the compiled library is missing")
+def test_a_kernel_that_pools_and_reads_clips(monkeypatch) -> None:
+    class Pooled(backends.Stock):
+        name = "reads and pools"
+        wrong = 0.0
+
+        def run_clip(self, pack, clip, source, request):
+            x = normalized_clip(clip, MEAN, STD, source.dtype)
+            return nn.functional.max_pool3d(self.run(pack, x, None, request), 3, 2, 1) + self.wrong
+
+    def always(choice, *args):
+        return replace(choice, kernel=Pooled())
+
+    monkeypatch.setattr(backends, "KERNELS", [backends.Stock()])
+    monkeypatch.setattr(_extension, "runs_cuda", lambda x: True)
+    monkeypatch.setattr(ClipSource, "convert", lambda self, x: normalized_clip(x, MEAN, STD, self.dtype))
+    monkeypatch.setattr(layers, "_joined_frames", lambda x, pool: 3)
+    monkeypatch.setattr(_pooled, "choose", always)
+    model = small(clip_mean=MEAN, clip_std=STD)
+    x = torch.randint(256, (2, 3, 6, 24, 24), dtype=torch.uint8)
+    report = r3d.verify(model, x)
+    assert report.ok, str(report)
+    assert [row.kernel for row in report.layers[:2]] == ["reads and pools", "stock"]
+    monkeypatch.setattr(Pooled, "wrong", 1e-4)
+    assert [row.layer for row in r3d.verify(model, x).failed] == ["conv1"]
 
 
 # -- the promise -------------------------------------------------------------------------------------------
