@@ -23,6 +23,7 @@ from r3d_kernels.models import (
     load_checkpoint,
 )
 from r3d_kernels.nn import ConvBNAct3d
+from r3d_kernels.verifying import verify
 
 __all__ = [
     "BasicBlock",
@@ -44,4 +45,5 @@ __all__ = [
     "ops",
     "reference",
     "unfuse",
+    "verify",
 ]

@@ -289,6 +289,12 @@ class LayerState:
         snapshot = self._snapshot
         return [] if snapshot is None else [(r, c) for _, _, r, c in list(snapshot.plans.values())]
 
+    def planned(self, key: object) -> backends.Kernel | None:
+        """The kernel that the last call with this `plan_key` took; None where its plan is gone."""
+        snapshot = self._snapshot
+        plan = None if snapshot is None else snapshot.plans.get(key)
+        return None if plan is None else plan[0]
+
 
 _states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
 

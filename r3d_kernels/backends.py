@@ -553,7 +553,7 @@ def explain(model: nn.Module) -> list[Record]:
             problem=str(request.problem),
             dtype=str(request.dtype).removeprefix("torch."),
             backend=choice.kernel.backend,
-            kernel=_full_name(choice.kernel),
+            kernel=full_name(choice.kernel),
             reason=choice.reason,
             timings=dict(choice.seconds),
         )
@@ -562,7 +562,7 @@ def explain(model: nn.Module) -> list[Record]:
     ]
 
 
-def _full_name(kernel: Kernel) -> str:
+def full_name(kernel: Kernel) -> str:
     """With the instruction set where it is ours; vdpbf16ps takes bfloat16 weights that no batch norm is folded into."""
     if kernel.backend != "cpu":
         return kernel.name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from torch._C import _functorch
 from r3d_kernels import _check, _extension
 from r3d_kernels._layer import ATTRIBUTE, plan_key, state_of
 from r3d_kernels._pooled import frames_of
-from r3d_kernels.backends import current_backend
+from r3d_kernels.backends import Kernel, current_backend
 from r3d_kernels.ops.clip import ClipSource, Values, normalized_clip
 from r3d_kernels.ops.conv3d import TENSORS, compiles, in_graph, is_plain, needs_gradient
 from r3d_kernels.ops.head import avg_pool_linear as _avg_pool_linear
@@ -39,6 +42,71 @@ def _is_plain_conv(cls: type[nn.Module]) -> bool:
 
 def _is_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in module._modules  # hasattr would raise and catch, at every call
+
+
+# ------------------------------------------------------------------------------------------- who looks on (`verify`)
+
+
+class LayerCall(NamedTuple):
+    """A call of `conv_bn_act`, or of `clip_conv_bn_act` where `clip` is given, before it runs."""
+
+    x: Tensor  # [N, C, D, H, W]
+    conv: nn.Conv3d
+    bn: nn.BatchNorm3d | None
+    activation: str | None
+    residual: Tensor | None
+    pool: nn.MaxPool3d | None
+    fused: bool
+    clip: tuple[Values | None, Values | None] | None = None  # x is a raw clip: mean and std
+
+    def run(self) -> Tensor:
+        how = {"activation": self.activation, "pool": self.pool, "fused": self.fused}
+        if self.clip is not None:
+            return clip_conv_bn_act(self.x, *self.clip, self.conv, self.bn, **how)
+        return conv_bn_act(self.x, self.conv, self.bn, residual=self.residual, **how)
+
+    def why_stock(self) -> str | None:
+        """Why the modules themselves run, or None."""
+        if not self.fused:
+            return "fused=False"
+        return _why_stock(self.x, self.conv, self.bn, self.residual)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that the layer computes in."""
+        if self.clip is None:
+            return _compute_dtype(self.x)
+        kind = self.x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.conv.weight.dtype
+
+    def kernel(self) -> Kernel | None:
+        """The kernel of a fused call that has just run; None where nobody knows."""
+        own = self.conv
+        geometry = (own.stride, own.padding, own.dilation, own.groups)
+        key = plan_key(self.x, self.dtype(), self.residual, *geometry, self.activation)
+        pool_frames = 0 if self.pool is None else _joined_frames(self.x, self.pool)
+        return state_of(own).planned((*key, pool_frames) if pool_frames else key)
+
+
+# Runs every call of a layer itself, in this thread or task only.
+_observer: ContextVar[Callable[[LayerCall], Tensor] | None] = ContextVar("r3d_kernels_observer", default=None)
+
+
+@contextlib.contextmanager
+def observed_by(observer: Callable[[LayerCall], Tensor] | None) -> Iterator[None]:
+    """Hands the layers' calls inside the block to `observer`, which runs them and returns what they return."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _observed(observer: Callable[[LayerCall], Tensor], call: LayerCall) -> Tensor:
+    with observed_by(None):  # what it runs is not to come back to it
+        return observer(call)
+
+
+# ---------------------------------------------------------------------------------------------------------- the layers
 
 
 def _settled(
@@ -285,9 +353,12 @@ def conv_bn_act(
         TypeError: for a mix of dtypes.
         ValueError: for wrong shapes, a mix of devices, an unknown activation.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (observer := _observer.get()) is not None:
+        return _observed(observer, LayerCall(x, conv, bn, activation, residual, pool, fused))
     pool_frames = 0 if pool is None or not fused else _joined_frames(x, pool)
     alone = pool is not None and pool_frames == 0
-    if fused and not alone and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if fused and not alone and not compiling and not torch.is_grad_enabled():
         y = _settled(x, conv, bn, activation, residual, pool_frames)
         if y is not None:
             return y
@@ -374,6 +445,8 @@ def clip_conv_bn_act(
         mean, std: one number a channel, for values of 0 to 255, or None.
         conv, bn, activation, pool, fused: as for `conv_bn_act`; also its result and its errors.
     """
+    if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
+        return _observed(observer, LayerCall(clip, conv, bn, activation, None, pool, fused, (mean, std)))
     dtype = conv.weight.dtype
     if fused and _extension.runs_cuda(clip) and _why_stock(clip, conv, bn, None) is None:
         if torch.is_autocast_enabled("cuda"):
@@ -387,14 +460,14 @@ def clip_conv_bn_act(
     return conv_bn_act(x, conv, bn, activation=activation, pool=pool, fused=fused)
 
 
-def _is_plain_pool(pool: nn.MaxPool3d) -> bool:
+def is_plain_pool(pool: nn.MaxPool3d) -> bool:
     special = pool.return_indices or pool.ceil_mode or has_hooks(pool) or pool.dilation not in (1, (1, 1, 1))
     return type(pool) is nn.MaxPool3d and not special
 
 
 def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
     """A key of `_pooled.WINDOWS` where the layer in front of the max-pool may take it over, else 0."""
-    if not x.is_cuda or not _is_plain_pool(pool):
+    if not x.is_cuda or not is_plain_pool(pool):
         return 0
     names = ("kernel_size", "stride", "padding")
     return frames_of(*(_check.triple(getattr(pool, name), name) for name in names))
@@ -402,7 +475,7 @@ def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
 
 def max_pool3d(x: Tensor, pool: nn.MaxPool3d, *, fused: bool = True) -> Tensor:
     """``pool(x)``, by our channels-last kernel where it can. x: [N, C, D, H, W]."""
-    if not fused or not _is_plain_pool(pool):
+    if not fused or not is_plain_pool(pool):
         return pool(x)
     return _max_pool3d(x, pool.kernel_size, pool.stride, pool.padding)
 

@@ -488,6 +488,26 @@ def test_graphs_of_torch(network) -> None:
         torch.testing.assert_close(per_sample, y, rtol=1e-4, atol=1e-4)
 
 
+def test_verify(network) -> None:
+    with pytest.raises(ValueError, match=r"found none: .*r3d_kernels.fuse\(model\)"):
+        r3d.verify(network, CLIP)
+    r3d.fuse(network)
+    report = r3d.verify(network, CLIP)
+    assert report.ok, report
+    assert [row.layer for row in report.layers] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.1.conv1.0",
+        "layer1.1.downsample.0",
+        "layer1.1.conv2.0",
+    ]
+    assert all(row.error is not None for row in report.layers)
+    with torch.no_grad():
+        network(CLIP)
+    assert len({r.layer for r in r3d.explain(network)}) == 6, "it is left fused"
+
+
 def test_backends_are_asked_for_as_elsewhere(network) -> None:
     r3d.fuse(network)
     with torch.no_grad(), r3d.backend("torch"):

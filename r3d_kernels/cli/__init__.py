@@ -22,7 +22,7 @@ from r3d_kernels.cli.common import PROG, CliError, one_line
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "predict", "tune", "doctor")
+COMMANDS = ("demo", "predict", "verify", "tune", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

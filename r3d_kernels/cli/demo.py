@@ -19,10 +19,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from r3d_kernels.cli import common
+from r3d_kernels.cli.inputs import (
+    CALIBRATION_CLIPS,
+    network_name,
+    prepare,
+    prepare_clips,
+    read_clips,
+    video_line,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +38,6 @@ if TYPE_CHECKING:
 HELP = "stock against fused on a real clip: time, numbers, a picture"
 
 STOCK, STOCK_CL, FUSED = "stock eager", "stock channels-last", "fused"
-_CALIBRATION_CLIPS = 4
-_BRANCH_WEIGHT = 0.1
 # Stock bfloat16 that is this far off is not rounded but wrong (pytorch#169688), and no measure of anything.
 _STOCK_BROKEN = 0.1
 
@@ -89,18 +94,14 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, common.DTYPES[args.dtype])
     with common.threads(args.threads), torch.inference_mode(), err.status("") as status:
         status.update("decoding")
-        path, info, clips, shown = _read(args.video, args.frames, max(args.batch, _CALIBRATION_CLIPS))
+        path, info, clips, shown = read_clips(args.video, args.frames, max(args.batch, CALIBRATION_CLIPS))
         status.update("building the network")
         arch = args.arch or (None if args.weights else "r3d_18")
-        model, x, origin = _prepare(arch, args.weights, clips, args.batch, args.size)
-        name = arch or f"{type(model).__name__}-{getattr(model, 'depth', '?')}"
+        model, x, origin = prepare(arch, args.weights, prepare_clips(clips, args.size), args.batch)
+        name = network_name(arch, model)
         for note in common.notes(model):
             err.print(f"note: {note}", soft_wrap=True, markup=False)
-        seconds = f"{info.duration:.1f} s" if info.duration else "unknown length"
-        _say(
-            out,
-            f"video    {path} ({info.codec}, {info.width}x{info.height}, {info.frames} frames, {seconds})",
-        )
+        _say(out, video_line(path, info))
         _say(out, f"network  {name}, {args.dtype}, {origin}")
         geometry = "x".join(str(n) for n in x.shape)
         _say(out, f"input    {geometry} on {common.device_name(device)}")
@@ -135,83 +136,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(out: Console, text: str) -> None:
     out.print(text, soft_wrap=True, markup=False)
-
-
-def _read(
-    video: str | None, frames: int, count: int
-) -> tuple[str, Any, list[Tensor], list[tuple[str, Tensor]]]:
-    """The path, what `probe` says of it, `count` clips (uint8 [T, H, W, 3]), and frames to show, labelled."""
-    from r3d_kernels.video import iter_clips, probe, sample_clip
-
-    path = str(sample_clip()) if video is None else video
-    info = probe(path, scan=True)  # to the end: a truncated file is an error here too
-    # Spread over the video, but at most four windows apart: nobody waits for an hour of film to be decoded.
-    spare = (info.frames or frames) - frames
-    step = min(max(1, spare // max(1, count - 1)), 4 * frames)
-    clips = list(islice(iter_clips(path, frames, step), count))
-    shown = []
-    for index, clip in enumerate(clips):
-        for offset in sorted({0, frames // 2}):
-            number = index * step + offset
-            if number < (info.frames or 1):
-                shown.append((f"{number / info.fps:.1f} s" if info.fps else f"frame {number}", clip[offset]))
-    return path, info, [clips[i % len(clips)] for i in range(count)], shown
-
-
-def _prepare(
-    arch: str | None, weights: str | None, clips: list[Tensor], batch: int, size: int
-) -> tuple[nn.Module, Tensor, str]:
-    """The stock float32 network, its input [batch, 3, T, size, size], and where the weights are from."""
-    import torch
-
-    from r3d_kernels.models import preset
-    from r3d_kernels.video import Transform
-
-    with torch.inference_mode(False), torch.no_grad():  # so that the parameters are ordinary tensors
-        model = common.build_model(arch, weights)
-        common.set_fused(model, False)
-        transform = Transform(preset(model), size=size)
-        inputs = torch.stack([transform(clip) for clip in clips])  # [count, 3, T, size, size]
-        if weights is not None:
-            origin = f"weights {weights}"
-        else:
-            _calibrate(model, inputs[:_CALIBRATION_CLIPS])
-            origin = (
-                f"random weights (seed 0, residual branches x {_BRANCH_WEIGHT}), "
-                f"batch norm calibrated on {_CALIBRATION_CLIPS} clips of the video"
-            )
-    return model, inputs[:batch], origin
-
-
-def _calibrate(model: nn.Module, inputs: Tensor) -> None:
-    """Sets the running statistics of every batch norm to those of `inputs` [N, 3, T, H, W], in place.
-
-    With the initial ones (mean 0, variance 1) folding would have nothing to do, and activations would grow
-    from layer to layer. The last norm of every block gets a small weight, as training gives it: in a deep random
-    network whose branches weigh as much as its shortcuts, rounding errors grow from block to block (stock
-    float32 is then off by 1e-4 at depth 101), which no trained network does.
-    """
-    import torch
-    from torch import nn
-
-    from r3d_kernels.models import BasicBlock, Bottleneck
-
-    for block in model.modules():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            nn.init.constant_(block.pair(block.n_convs)[1].weight, _BRANCH_WEIGHT)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over the passes
-    noise = torch.Generator().manual_seed(0)
-    model.train()
-    for clips in inputs.split(2):
-        # Clips of a short video are alike; a channel whose variance is 0 would only amplify rounding errors.
-        model(clips + 0.25 * torch.randn(clips.shape, generator=noise))
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def _reference(model: nn.Module, x: Tensor) -> Tensor:

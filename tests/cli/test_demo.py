@@ -12,6 +12,7 @@ from PIL import Image
 from r3d_kernels.cli import demo, main
 from r3d_kernels.cli.demo import FUSED, STOCK, Run, Verdict, top_k_agreement
 from r3d_kernels.cli.figure import draw
+from r3d_kernels.cli.inputs import calibrate
 from r3d_kernels.models import create_model
 from r3d_kernels.video import sample_clip
 
@@ -142,7 +143,7 @@ def test_calibration_sets_the_statistics():
     model = create_model("hara_r3d_10", num_classes=4).eval()
     inputs = torch.randn(4, 3, 8, 32, 32)
     with torch.no_grad():
-        demo._calibrate(model, inputs)
+        calibrate(model, inputs)
         seen = model.conv1(inputs).mean((0, 2, 3, 4))
     assert not model.training
     assert model.bn1.momentum == 0.1
