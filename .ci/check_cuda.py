@@ -105,8 +105,12 @@ class Nvcc:
         if run.returncode != 0 or lost:
             raise RuntimeError(f"{source.name} does not compile for {arch}:\n{run.stdout}{run.stderr}")
         if kept:
-            shutil.copyfile(output, kept.with_suffix(".cubin"))
-            kept.with_suffix(".txt").write_text(run.stdout + run.stderr)
+            # Renamed, because the tests and this check may run beside each other.
+            mine = kept.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(output, mine)
+            mine.rename(kept.with_suffix(".cubin"))
+            mine.write_text(run.stdout + run.stderr)
+            mine.rename(kept.with_suffix(".txt"))
         return parse_ptxas(run.stdout + run.stderr)
 
 

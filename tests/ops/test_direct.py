@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_keeps_promise, relative_error
 from strategies import problem_strategy
@@ -240,7 +240,7 @@ def test_in_several_threads_at_once() -> None:
     wrong: list[str] = []
 
     def work(first: int) -> None:
-        for i in range(40):
+        for i in range(settings.default.max_examples):  # fewer under sanitizers
             x, w, bias, p, want = jobs[(first + i) % len(jobs)]
             if not torch.equal(ops.conv3d_direct(x, w, bias, padding=p.padding), want):
                 wrong.append(str(p))

@@ -1,10 +1,13 @@
 """Mends what Triton's interpreter gets wrong for bfloat16 (3.6 to 3.9, which store it as uint16).
 
 tl.dot multiplies the raw bits, casts from float32 truncate and break NaN, and 3.6 with NumPy 2.4 cannot use a run-time
-scalar as the bound of a loop. test_triton_interpreter.py shows each.
+scalar as the bound of a loop. test_triton_interpreter.py shows each. And half of its time goes into whether integers
+overflow, which it computes for every operation and looks at only in debug mode.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import triton.language as tl
@@ -54,4 +57,7 @@ def mend() -> None:
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
     interpreter._patch_lang_tensor = patch_lang_tensor
+    shared = interpreter.interpreter_builder
+    if not shared.options.debug:
+        shared.options = dataclasses.replace(shared.options, sanitize_overflow=False)
     _mended = True
