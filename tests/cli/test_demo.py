@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from r3d_kernels import backends
 from r3d_kernels.cli import demo, main
 from r3d_kernels.cli.demo import FUSED, STOCK, Run, Verdict, top_k_agreement
 from r3d_kernels.cli.figure import draw
@@ -97,13 +98,14 @@ def test_medical_network_is_refused(capsys):
 # -- the verdict -------------------------------------------------------------------------------------------
 
 
-def verdict(dtype: str, stock: float, ours: float) -> Verdict:
+def verdict(dtype: str, stock: float, ours: float, device: str = "cpu") -> Verdict:
     """That of results with these relative errors."""
     reference = torch.ones(1, 4, dtype=torch.float64)
     return Verdict.of(
         [Run(STOCK, 1, 1, reference * (1 + stock)), Run(FUSED, 1, 1, reference * (1 + ours))],
         reference,
-        dtype,
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+        torch.device(device),
     )
 
 
@@ -126,6 +128,16 @@ def test_verdict(dtype, stock, ours, ok):
     result = verdict(dtype, stock, ours)
     assert result.ok is ok
     assert result.text.startswith("parity OK: " if ok else "parity FAILED: ")
+
+
+def test_coarser_products_that_torch_allows(monkeypatch):
+    monkeypatch.setattr(backends, "tf32_allowed", lambda: True)
+    assert verdict("fp32", 3e-4, 4e-4, "cuda").ok
+    assert "torch's switches allow" in verdict("fp32", 3e-4, 1e-2, "cuda").text
+    assert not verdict("fp32", 3e-4, 1e-2, "cuda").ok
+    assert not verdict("fp32", 3e-4, 4e-4).ok
+    monkeypatch.setattr(backends, "tf32_allowed", lambda: False)
+    assert not verdict("fp32", 3e-4, 4e-4, "cuda").ok
 
 
 def test_top_k_agreement():
