@@ -53,7 +53,7 @@ def _first_match(path: str, pattern: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +104,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "onednn": onednn.group(1) if onednn else None,
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": {name: told for name in packages if (told := version(name))},
     }
 
 

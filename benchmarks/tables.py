@@ -5,8 +5,8 @@
 
 A block begins with `<!-- table: KIND FILE... -->` and ends with `<!-- end table -->`; files are in benchmarks/results.
 gpu_layers takes a second word: what the problems begin with.
-Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems; of
-a GPU's report gpu (networks), gpu_layers, gpu_stems, gpu_floors.
+Kinds: peers (engines side by side), openvino (networks against OpenVINO), stock (time and memory), accuracy, stems,
+foreign (other people's models); of a GPU's report gpu (networks), gpu_layers, gpu_stems, gpu_floors.
 """
 
 from __future__ import annotations
@@ -273,7 +273,33 @@ def gpu_floors(names: list[str]) -> str:
     return "".join(gpu_source(report).rstrip("\n") for report in reports) + "\n\n" + table(head, rows)
 
 
+def foreign(names: list[str]) -> str:
+    """Other people's models: times, gain over the better stock layout, what is fused."""
+    reports = load(names)
+    engines: dict[str, dict[str, Row]] = {}
+    for report in reports:
+        for row in report["foreign"]:
+            if row["status"] == "measured":
+                engines.setdefault(row["network"], {})[row["engine"]] = row
+    rows = []
+    for network, found in engines.items():
+        fused, others = found["fused"], [found["stock eager"], found["stock channels-last"]]
+        rows.append(
+            [
+                f"{network}, `{fused['input']}`",
+                *(milliseconds(row["median_ms"]) for row in others),
+                f"**{milliseconds(fused['median_ms'])}**",
+                f"{min(row['fused_is_faster_by'] for row in others):.2f}x",
+                f"{fused['fused_convolutions']} of {fused['convolutions']}",
+                f"{fused['error']:.1e}",
+            ]
+        )
+    head = ["model", "stock eager", "stock channels-last", "**fused**", "faster than the better stock"]
+    return sources(reports) + table([*head, "convolutions fused", "its error"], rows)
+
+
 KINDS = {
+    "foreign": foreign,
     "gpu": gpu,
     "gpu_layers": gpu_layers,
     "gpu_stems": gpu_stems,

@@ -13,6 +13,7 @@ import builtins
 import copyreg
 import functools
 import inspect
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -200,9 +201,8 @@ class _Matcher:
             return name.endswith("_") and not name.endswith("__")
         if node.op != "call_function":
             return False
-        in_place = bool(node.kwargs.get("inplace")) or (
-            getattr(node.target, "__module__", None) == F.__name__ and True in node.args[1:]
-        )
+        in_place = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        in_place |= getattr(node.target, "__module__", None) == F.__name__ and True in node.args[1:]
         return in_place or node.target in _IN_PLACE or getattr(node.target, "__name__", "").endswith("_")
 
     # ---- chains
@@ -213,7 +213,7 @@ class _Matcher:
         taken: set[fx.Node] = set()
         found = [n for n in self.graph.nodes if isinstance(self.module_of(n), nn.Conv3d)]
         # The larger first: of two that are added the smaller one, a shortcut, is the residual of the other.
-        for node in sorted(found, key=lambda n: -self.module_of(n).weight.numel()):
+        for node in sorted(found, key=lambda n: -self._size(n)):
             self._replace(node, taken)
         for node in list(self.graph.nodes):
             pool = self.module_of(node)
@@ -221,6 +221,11 @@ class _Matcher:
                 with self.graph.inserting_before(node):
                     self._swap([node], max_pool, (node.args[0], self._module(node)), {})
         return self.changes > 0
+
+    def _size(self, node: fx.Node) -> int:
+        """Weights; those of a lazy module are not there yet."""
+        conv = self.module_of(node)
+        return conv.in_channels * conv.out_channels * math.prod(conv.kernel_size)
 
     def _drop_identities(self) -> None:
         for node in list(self.graph.nodes):

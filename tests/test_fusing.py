@@ -461,6 +461,16 @@ def test_our_own_models_have_a_switch() -> None:
     assert "net.conv1" in {r.layer for r in r3d.explain(model)}
 
 
+def test_lazy_modules() -> None:
+    model = r3d.fuse(nn.Sequential(nn.LazyConv3d(6, 3), nn.LazyBatchNorm3d(), nn.ReLU()).eval())
+    with torch.no_grad():
+        model(X)
+        assert_keeps_promise(model(X), exact(model))
+        r3d.fuse(model)  # now they are what they were to become
+        assert_keeps_promise(model(X), exact(model))
+    assert problems(model) == ["f3s1p0+relu"]
+
+
 def test_a_single_convolution_and_samples_without_a_batch() -> None:
     model = r3d.fuse(nn.Sequential(conv(), nn.BatchNorm3d(6), nn.ReLU()).eval())
     one = r3d.fuse(nn.Sequential(conv(), nn.ReLU(), nn.MaxPool3d(2)).eval())
