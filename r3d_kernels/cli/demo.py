@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from r3d_kernels.cli import common
 from r3d_kernels.cli.inputs import (
     CALIBRATION_CLIPS,
+    add_arguments_of_inputs,
     network_name,
     prepare,
     prepare_clips,
@@ -56,22 +57,7 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "video", nargs="?", metavar="VIDEO", help="any video file (default: the bundled clip)"
-    )
-    parser.add_argument("--arch", metavar="NAME", help="network (default r3d_18, or that of the checkpoint)")
-    parser.add_argument(
-        "--frames", type=common.positive, default=16, metavar="N", help="frames a clip (default 16)"
-    )
-    parser.add_argument(
-        "--size", type=common.positive, default=112, metavar="N", help="height and width (default 112)"
-    )
-    parser.add_argument(
-        "--batch", type=common.positive, default=1, metavar="N", help="clips at once (default 1)"
-    )
-    parser.add_argument(
-        "--weights", metavar="PATH", help="a checkpoint (default: random weights, calibrated)"
-    )
+    add_arguments_of_inputs(parser)
     parser.add_argument(
         "--repeats", type=common.positive, default=7, metavar="N", help="timed runs of each (default 7)"
     )

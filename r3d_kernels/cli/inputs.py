@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,26 @@ if TYPE_CHECKING:
 
 CALIBRATION_CLIPS = 4
 BRANCH_WEIGHT = 0.1
+
+
+def add_arguments_of_inputs(parser: argparse.ArgumentParser) -> None:
+    """Which clips go through which network."""
+    parser.add_argument(
+        "video", nargs="?", metavar="VIDEO", help="any video file (default: the bundled clip)"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="network (default r3d_18, or that of the checkpoint)")
+    parser.add_argument(
+        "--weights", metavar="PATH", help="a checkpoint (default: random weights, calibrated)"
+    )
+    parser.add_argument(
+        "--frames", type=common.positive, default=16, metavar="N", help="frames a clip (default 16)"
+    )
+    parser.add_argument(
+        "--size", type=common.positive, default=112, metavar="N", help="height and width (default 112)"
+    )
+    parser.add_argument(
+        "--batch", type=common.positive, default=1, metavar="N", help="clips at once (default 1)"
+    )
 
 
 def read_clips(

@@ -22,6 +22,7 @@ from r3d_kernels.cli import common
 from r3d_kernels.cli.common import CliError
 from r3d_kernels.cli.inputs import (
     CALIBRATION_CLIPS,
+    add_arguments_of_inputs,
     network_name,
     prepare,
     prepare_clips,
@@ -39,23 +40,8 @@ HELP = "is it right? every layer, ours and stock, against float64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "video", nargs="?", metavar="VIDEO", help="any video file (default: the bundled clip)"
-    )
+    add_arguments_of_inputs(parser)
     parser.add_argument("--random", action="store_true", help="noise in place of a clip")
-    parser.add_argument("--arch", metavar="NAME", help="network (default r3d_18, or that of the checkpoint)")
-    parser.add_argument(
-        "--weights", metavar="PATH", help="a checkpoint (default: random weights, calibrated)"
-    )
-    parser.add_argument(
-        "--frames", type=common.positive, default=16, metavar="N", help="frames a clip (default 16)"
-    )
-    parser.add_argument(
-        "--size", type=common.positive, default=112, metavar="N", help="height and width (default 112)"
-    )
-    parser.add_argument(
-        "--batch", type=common.positive, default=1, metavar="N", help="clips at once (default 1)"
-    )
     parser.add_argument(
         "--json", metavar="OUT", help="write JSON to this file ('-': stdout) instead of a table"
     )
