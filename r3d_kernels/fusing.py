@@ -17,13 +17,16 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
-from r3d_kernels.nn import conv_bn_act, has_hooks
+from r3d_kernels import backends
+from r3d_kernels.nn import conv_bn_act, has_hooks, observed_by
 from r3d_kernels.nn import max_pool3d as _max_pool3d
 from r3d_kernels.ops.conv3d import TENSORS, is_plain
 
@@ -99,13 +102,31 @@ def _is_library(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not _is_container(module)
 
 
+class _Proxy(fx.Proxy):
+    """`a += b` writes to what others may read; fx alone would take it for `a = a + b`."""
+
+
+def _writes(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda a, b: a.tracer.create_proxy("call_function", function, (a, b), {})
+
+
+_ASSIGNMENTS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in _ASSIGNMENTS:
+    setattr(_Proxy, f"__{_name}__", _writes(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """One module's own forward. Containers are part of it, and, if `inlines`, wrappers of a single convolution."""
+
+    proxy_buffer_attributes = True  # or what a forward does to a buffer would happen now, and never again
 
     def __init__(self, inlines: bool) -> None:
         super().__init__()
         self.inlines = inlines
         self.inlined: list[nn.Module] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         wrapper = self.inlines and not _is_library(m) and len(_convolutions(m)) == 1
@@ -129,6 +150,28 @@ def _takes_tensors_only(module: nn.Module) -> bool:
     return all(p.kind in required and p.default is p.empty for p in parameters)
 
 
+class _Attributes:
+    """What modules keep, to see whether a forward adds to it: nothing that a graph could do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held: list[tuple[Any, Any]] = []  # and a copy
+        for m in module.modules():
+            own = [m.__dict__, *(v for v in m.__dict__.values() if isinstance(v, (dict, list)))]
+            self._held += [(v, v.copy()) for v in own]
+
+    def put_back(self) -> bool:
+        """Whether anything had changed."""
+        changed = False
+        for now, was in self._held:
+            old, new = (v if isinstance(v, list) else [*v, *v.values()] for v in (was, now))
+            if len(old) == len(new) and all(map(operator.is_, old, new)):
+                continue
+            changed = True
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(was)
+        return changed
+
+
 def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
     """The graph of the module's forward in evaluation, and the modules that are part of it and not called, or None."""
     cls, training = type(module), [m for m in module.modules() if m.training]
@@ -139,12 +182,14 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
         if not _takes_tensors_only(module):
             return None
         for inlines in (True, False):
-            tracer = _Tracer(inlines)
+            tracer, attributes = _Tracer(inlines), _Attributes(module)
             try:
                 with torch.no_grad():
-                    return tracer.trace(module), tracer.inlined
+                    graph = tracer.trace(module)
             except Exception:  # whatever a forward does with values that are none
-                continue
+                graph = None
+            if not attributes.put_back() and graph is not None:
+                return graph, tracer.inlined
         return None
     finally:
         module.__class__ = cls
@@ -152,7 +197,7 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
             m.training = True
 
 
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+_IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in _ASSIGNMENTS)}
 
 
 class _Matcher:
@@ -252,8 +297,8 @@ class _Matcher:
     def _residual(self, add: fx.Node, ours: fx.Node) -> fx.Node | None:
         a, b = add.args
         other = b if a is ours else a
-        # `residual += ours` changes what others still read
-        return None if a is not ours and self.is_in_place(add) and len(other.users) > 1 else other
+        # `residual += ours` changes what others may read: the module's input, or what the residual is a view of
+        return None if a is not ours and self.is_in_place(add) else other
 
     def _replace(self, conv: fx.Node, taken: set[fx.Node]) -> None:
         if not self._plain_call(conv):
@@ -297,6 +342,9 @@ class _Matcher:
         self.changes += 1
 
 
+_left_alone: ContextVar[frozenset[int]] = ContextVar("r3d_kernels_left_alone", default=frozenset())
+
+
 class _Plan:
     """What a module's forward has become. Copies and pickles of it are empty: it is made again where it is needed."""
 
@@ -304,6 +352,8 @@ class _Plan:
         self.run: Callable[..., Any] | None = None
         self.convolutions: list[nn.Module] = []
         self._absorbed: list[nn.Module] = []
+        self._inlined: list[nn.Module] = []
+        self._compared = False  # with the module's own forward
         # the parts of the module, and of what is part of its graph, as they were
         self._parts: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] | None = None
 
@@ -321,7 +371,7 @@ class _Plan:
         return self._parts is not None and all([*now.values()] == were for now, were in self._parts)
 
     def make(self, module: nn.Module) -> None:
-        self.run, inlined = None, []
+        self.run, self._compared, inlined = None, False, []
         traced = _traced(module)
         if traced is not None:
             graph, inlined = traced
@@ -332,19 +382,77 @@ class _Plan:
                 exec(compile(code.src, f"<{type(module).__name__}, fused>", "exec"), names)
                 self._absorbed, self.convolutions = matcher.absorbed, matcher.convolutions
                 self.run = names["forward"]
+        self._inlined = inlined
         self._parts = [(m._modules, [*m._modules.values()]) for m in (module, *inlined)]
 
     def runs(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether this call takes the fused way."""
         if module.training or not all(type(a) in TENSORS for a in args) or torch.jit.is_tracing():
             return False
-        if torch.compiler.is_compiling():
-            return self.run is not None and is_plain(*args)
-        if not is_plain(*args):  # fx, vmap, tensors of other kinds
+        if not torch.compiler.is_compiling() and id(module) in _left_alone.get():
+            return False
+        if not is_plain(*args):  # fx, export, vmap, tensors of other kinds
             return False
         if not self.current():
+            if torch.compiler.is_compiling():
+                return False
             self.make(module)
         return self.run is not None and not any(map(has_hooks, self._absorbed))
+
+    def __call__(self, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The module's result; the first one is compared with that of its `own` forward.
+
+        A trace cannot tell a forward that asks for the type of what it gets from one that does not.
+        """
+        if self._compared or torch.compiler.is_compiling() or backends.capturing(args[0].device):
+            return self.run(module, *args)
+        given = [a.clone() for a in args]  # a forward may write to what it gets
+        try:
+            y = self.run(module, *args)
+        except Exception as e:
+            why = f"its graph fails: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+        else:
+            # Hooks would see two calls; torch's half precision on a CPU is wrong or worse for some shapes.
+            half = args[0].is_cpu and (
+                args[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+            )
+            if half or any(map(has_hooks, module.modules())):
+                return y
+            # without what is part of the graph and fused on its own too
+            token = _left_alone.set(_left_alone.get() | {id(m) for m in self._inlined})
+            try:
+                with torch.no_grad(), observed_by(None):
+                    want = own(module, *given)
+            finally:
+                _left_alone.reset(token)
+            if _close(y, want):
+                self._compared = True
+                return y
+            why = "its graph computes something else"
+        self.run = None
+        warnings.warn(
+            f"fuse: a {type(module).__name__} keeps its own forward, which cannot be traced: {why}",
+            stacklevel=4,
+        )
+        return own(module, *given)
+
+
+def _close(y: Any, want: Any) -> bool:
+    """Whether two results are of one kind and as far apart as rounding may bring them."""
+    (ours, kind), (theirs, its) = tree_flatten(y), tree_flatten(want)
+    if kind != its:
+        return False
+    for a, b in zip(ours, theirs, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if a is not b and a != b:
+                return False
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        else:
+            distance, size = float((a.double() - b.double()).norm()), float(b.double().norm())
+            if math.isfinite(size) and not distance <= 0.05 * size + 1e-6:
+                return False
+    return True
 
 
 class _Fused:
@@ -368,7 +476,7 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__.get(_PLAN)
         if plan is not None and not kwargs and plan.runs(self, args):
-            return plan.run(self, *args)
+            return plan(self, cls.forward, args)
         return cls.forward(self, *args, **kwargs)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -407,8 +515,9 @@ def fuse(model: nn.Module) -> nn.Module:
     copies and pickles stay as they were (a pickle needs this package where it is read). Fused where the module that
     holds a convolution is in evaluation mode; layers themselves then fall back to their modules wherever
     `nn.conv_bn_act` does: where a gradient is needed, a hook listens to a layer, under `torch.export`. A module whose
-    forward depends on values cannot be traced and keeps its own; flags that a forward looks at count as they are now,
-    so call `fuse` again after changing one.
+    forward depends on values, or keeps something in the module, cannot be traced and stays as it is; flags that a
+    forward looks at count as they are now, so call `fuse` again after changing one. The first result of each module is
+    compared with that of its own forward (not in half precision on a CPU): where they differ it keeps its own.
 
     Args:
         model: with Conv3d in it: ours, torchvision's, MONAI's, your own.
@@ -421,7 +530,7 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: where there is no Conv3d in it.
 
     Warns:
-        UserWarning: names the convolutions that stay as they are.
+        UserWarning: names the convolutions that stay as they are; at a first call the modules that do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

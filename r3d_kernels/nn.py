@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,11 +32,14 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-@cache
 def _is_plain_conv(cls: type[nn.Module]) -> bool:
     """Whether it is a convolution as torch runs it: torchvision's are a subclass with a name for their stride."""
-    own = ("forward", "_conv_forward", "__call__")
-    return issubclass(cls, nn.Conv3d) and all(getattr(cls, n) is getattr(nn.Conv3d, n) for n in own)
+    return cls is nn.Conv3d or (
+        issubclass(cls, nn.Conv3d)
+        and cls.forward is nn.Conv3d.forward
+        and cls._conv_forward is nn.Conv3d._conv_forward
+        and cls.__call__ is nn.Conv3d.__call__
+    )
 
 
 def _is_parametrized(module: nn.Module) -> bool:

@@ -103,7 +103,7 @@ class Pools(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.pool1(self.relu(self.bn(self.stem(x)))), self.pool1(x)], 1) + self.pool2(
-            torch.ones(1, 1, 2, 8, 8)
+            F.pad(x, (0, 1, 0, 1))[:, :1, :2]
         )
 
 
@@ -430,6 +430,105 @@ def test_what_cannot_be_traced_is_named(network) -> None:
         mask = torch.zeros(1)
         assert not model(X, mask).any()
         assert not model(X, mask=mask).any()
+
+
+class Accumulates(nn.Module):
+    """Adds to a view of its input, which is what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0
+        half = x[:, :3]
+        half += self.conv1(x[:, 3:])
+        return x
+
+
+class Keeps(nn.Module):
+    """What a caller may look at afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.seen = conv(), []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        self.last = self.conv1(x)
+        return self.last.relu()
+
+
+class Counts(Keeps):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv1(x)
+
+
+class AsksForTypes(nn.Module):
+    """torchvision's DenseNet does."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.conv1, self.fails = conv(), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            return F.relu(self.conv1(x))
+        return self.conv1(torch.cat(x, 1)) if self.fails else self.conv1(x)
+
+
+def test_a_sum_into_what_others_read() -> None:
+    model = r3d.fuse(made(Accumulates))
+    with torch.no_grad():
+        for _ in range(2):
+            assert_keeps_promise(model(X), exact(model))
+    assert problems(model) == ["f3s1p1"]
+
+
+def test_what_a_forward_keeps_is_kept() -> None:
+    model = made(Keeps)
+    with pytest.warns(UserWarning, match="1 of 1 convolutions stay"):
+        r3d.fuse(model)
+    assert model.seen == []
+    assert "last" not in vars(model)
+    with torch.no_grad():
+        y = model(X)
+    assert len(model.seen) == 1
+    assert torch.equal(model.last.relu(), y)
+    counts = made(Counts)
+    with pytest.warns(UserWarning, match="1 of 1 convolutions stay"):
+        r3d.fuse(counts)
+    assert counts.calls == 0
+    with torch.no_grad():
+        counts(X)
+    assert counts.calls == 1
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_graph_that_is_not_the_forward_is_found_out(fails) -> None:
+    model = r3d.fuse(made(lambda: AsksForTypes(fails)))
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"AsksForTypes keeps its own forward.*(fails|something else)"):
+            y = model(X)
+        assert_keeps_promise(y, exact(model))
+        assert (y >= 0).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model(X), y)
+
+
+def test_hooks_under_torch_compile(network) -> None:
+    """Of modules that are part of a graph: their calls are seen there too."""
+    r3d.fuse(network)
+    seen: list[str] = []
+    with torch.no_grad():
+        y = network(CLIP)
+        network.layer1[1].conv1.register_forward_hook(lambda *args: seen.append("container"))
+        compiled = torch.compile(network, backend="eager")
+        torch.testing.assert_close(compiled(CLIP), y, rtol=1e-4, atol=1e-4)
+    assert seen
 
 
 def test_wrong_arguments() -> None:
