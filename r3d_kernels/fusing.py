@@ -387,7 +387,8 @@ class _Plan:
 
     def runs(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether this call takes the fused way."""
-        if module.training or not all(type(a) in TENSORS for a in args) or torch.jit.is_tracing():
+        tensors = bool(args) and all(type(a) in TENSORS for a in args)
+        if module.training or not tensors or torch.jit.is_tracing():
             return False
         if not torch.compiler.is_compiling() and id(module) in _left_alone.get():
             return False
@@ -406,22 +407,26 @@ class _Plan:
         """
         if self._compared or torch.compiler.is_compiling() or backends.capturing(args[0].device):
             return self.run(module, *args)
-        given = [a.clone() for a in args]  # a forward may write to what it gets
+        # Torch's half precision on a CPU is wrong or worse for some shapes, and hooks would see two calls.
+        half = args[0].is_cpu and (
+            args[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+        )
+        compares = not half and not any(map(has_hooks, module.modules()))
+        given = [a.clone() for a in args] if compares else args  # a forward may write to what it gets
         try:
             y = self.run(module, *args)
         except Exception as e:
+            want = own(
+                module, *given
+            )  # fails as well where the input is wrong, which tells nothing of the graph
             why = f"its graph fails: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         else:
-            # Hooks would see two calls; torch's half precision on a CPU is wrong or worse for some shapes.
-            half = args[0].is_cpu and (
-                args[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-            )
-            if half or any(map(has_hooks, module.modules())):
+            if not compares:
                 return y
             # without what is part of the graph and fused on its own too
             token = _left_alone.set(_left_alone.get() | {id(m) for m in self._inlined})
             try:
-                with torch.no_grad(), observed_by(None):
+                with observed_by(None):
                     want = own(module, *given)
             finally:
                 _left_alone.reset(token)
@@ -434,7 +439,7 @@ class _Plan:
             f"fuse: a {type(module).__name__} keeps its own forward, which cannot be traced: {why}",
             stacklevel=4,
         )
-        return own(module, *given)
+        return want
 
 
 def _close(y: Any, want: Any) -> bool:

@@ -519,6 +519,29 @@ def test_a_graph_that_is_not_the_forward_is_found_out(fails) -> None:
             assert torch.equal(model(X), y)
 
 
+def test_a_wrong_input_tells_nothing_of_the_graph(network) -> None:
+    r3d.fuse(network)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="expected input"):
+            network(CLIP[:, :2])
+        assert_keeps_promise(network(CLIP), exact(network, CLIP), float32_limit=1e-5)
+    assert len({r.layer for r in r3d.explain(network)}) == 6
+
+
+def test_only_first_results_are_compared(monkeypatch) -> None:
+    copies: list[Tensor] = []
+    real = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, *args, **how: copies.append(t) or real(t, *args, **how))
+    for dtype, first in ((torch.float32, 1), (torch.bfloat16, 0)):
+        model = r3d.fuse(made(Plain)).to(dtype)
+        with torch.no_grad():
+            for compared in (first, 0, 0):
+                copies.clear()
+                model(X.to(dtype))
+                assert len(copies) == compared, dtype
+
+
 def test_hooks_under_torch_compile(network) -> None:
     """Of modules that are part of a graph: their calls are seen there too."""
     r3d.fuse(network)
