@@ -4,6 +4,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/isa.h"
 #include "cpu/recycle.h"
 
@@ -100,7 +103,21 @@ void check_residual_shape(const Ints& residual, const Ints& expected) {
             text(residual));
 }
 
+void check_storage(const Tensor& t, const char* argument) {
+  int64_t span = 1;  // elements from the first to the last one
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    span += (t.size(d) - 1) * t.stride(d);
+  }
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  R3D_CHECK((t.storage_offset() + span) * static_cast<int64_t>(t.element_size()) <= bytes, argument,
+            ": expected a tensor whose data is in memory, got shape ", text(sizes(t)), " over a storage of ",
+            bytes, " bytes (freed or resized)");
+}
+
 DType dtype_of(const Tensor& t, const char* argument, bool half_allowed) {
+  check_storage(t, argument);
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -117,6 +134,7 @@ DType dtype_of(const Tensor& t, const char* argument, bool half_allowed) {
 }
 
 void check_same(const Tensor& t, const char* argument, const Tensor& x) {
+  check_storage(t, argument);
   R3D_CHECK(t.scalar_type() == x.scalar_type(), argument, ": expected the dtype of x, ",
             name(x.scalar_type()), ", got ", name(t.scalar_type()));
   R3D_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(),
@@ -219,6 +237,7 @@ Prepared<BnActArgs> prepare_bn_act(const Tensor& x, const Tensor& scale, const T
               " of shape ", text(sizes(t)));
     R3D_CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), argument,
               ": expected a tensor on the device of x");
+    check_storage(t, argument);
     p.keep.push_back(plain(t));
     return static_cast<const float*>(p.keep.back().const_data_ptr());
   };
@@ -250,6 +269,91 @@ Ints conv3d_check(Ints input, Ints weight, Ints stride, Ints padding, Ints dilat
                                   padding, dilation, groups);
   if (!residual.empty()) check_residual_shape(residual, output_shape(g));
   return output_shape(g);
+}
+
+// ---- fingerprint
+
+// Four chains, since one multiplication has to wait for the one before.
+class Hash {
+ public:
+  void add(uint64_t v) {
+    uint64_t& lane = lane_[next_++ & 3];
+    lane = step(lane ^ v);
+  }
+  void add(const unsigned char* p, int64_t bytes) {
+    int64_t i = 0;
+    uint64_t v[4];
+    for (; i + 32 <= bytes; i += 32) {
+      std::memcpy(v, p + i, 32);
+      for (int j = 0; j < 4; ++j) lane_[j] = step(lane_[j] ^ v[j]);
+    }
+    for (; i < bytes; i += 8) {
+      v[0] = 0;
+      std::memcpy(v, p + i, static_cast<size_t>(std::min<int64_t>(8, bytes - i)));
+      lane_[i / 8 & 3] = step(lane_[i / 8 & 3] ^ v[0]);
+    }
+  }
+  uint64_t value() const {
+    uint64_t h = 0;
+    for (uint64_t lane : lane_) h = step(h ^ lane) ^ (h >> 29);
+    return h;
+  }
+
+ private:
+  static uint64_t step(uint64_t h) {
+    h *= 0xff51afd7ed558ccdull;  // odd: two different values stay different
+    return h ^ (h >> 32);
+  }
+  uint64_t lane_[4] = {0x9e3779b97f4a7c15ull, 0xbf58476d1ce4e5b9ull, 0x94d049bb133111ebull,
+                       0x2545f4914f6cdd1dull};
+  unsigned next_ = 0;
+};
+
+// One cache line in each of 512 blocks, at a place in its block that is as good as random: a fixed step would
+// meet the same channel in every block of a weight whose sizes are powers of two.
+void add_samples(Hash& hash, const unsigned char* p, int64_t bytes) {
+  constexpr int64_t kBlocks = 512, kLine = 64;
+  const int64_t lines = bytes / kLine;
+  if (lines <= 2 * kBlocks) return hash.add(p, bytes);
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    const int64_t begin = lines * i / kBlocks, count = lines * (i + 1) / kBlocks - begin;
+    uint64_t random = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15ull;
+    random = (random ^ (random >> 30)) * 0xbf58476d1ce4e5b9ull;
+    random ^= random >> 27;
+    hash.add(p + kLine * (begin + static_cast<int64_t>(random % static_cast<uint64_t>(count))), kLine);
+  }
+  hash.add(p + bytes - kLine, kLine);
+}
+
+// A number that changes when what kernels derive from the tensors may have: where and how they lie in memory,
+// and on a CPU the contents, which version counters do not follow through `.data`. The first one is a weight:
+// most kernels read it where it lies, and nothing of it has to be watched then. Raises where a storage was
+// freed.
+int64_t fingerprint(std::vector<Tensor> tensors, int64_t contents) {
+  Hash hash;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    const bool readable = t.is_cpu();
+    int64_t span = t.numel() ? 1 : 0;
+    hash.add(static_cast<uint64_t>(t.scalar_type()) << 8 | static_cast<uint64_t>(t.dim()));
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      hash.add(static_cast<uint64_t>(t.size(d)));
+      hash.add(static_cast<uint64_t>(t.stride(d)));
+      if (t.numel()) span += (t.size(d) - 1) * t.stride(d);
+    }
+    if (!span) continue;
+    if (readable) check_storage(t, i ? "a parameter or statistic" : "weight");
+    const auto* p = static_cast<const unsigned char*>(t.const_data_ptr());
+    hash.add(reinterpret_cast<uint64_t>(p));
+    if (!readable) continue;
+    // Up to the last byte that the strides reach; what lies between them is read too, harmlessly.
+    const int64_t bytes = span * static_cast<int64_t>(t.element_size());
+    if (i || contents == 2)
+      hash.add(p, bytes);
+    else if (contents == 1)
+      add_samples(hash, p, bytes);
+  }
+  return static_cast<int64_t>(hash.value());
 }
 
 #ifndef R3D_BUILD_TORCH
@@ -306,7 +410,8 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   m.def(
       "conv3d_check(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, int groups, "
       "int[] residual, str activation) -> int[]");
-  m.def("fingerprint(Tensor[] tensors, bool full) -> int");
+  // contents: what of the first tensor, a weight, is read: 0 nothing, 1 samples, 2 all
+  m.def("fingerprint(Tensor[] tensors, int contents) -> int");
   m.def("describe() -> str");
 #ifdef R3D_WITH_CUDA
   m.def("conv3d_sm80_pack(Tensor weight, ScalarType dtype, int[] stride, int[] dilation) -> Tensor");
@@ -352,4 +457,5 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
   m.impl("conv3d_check", TORCH_BOX(&r3d::conv3d_check));
   m.impl("describe", TORCH_BOX(&r3d::describe));
+  m.impl("fingerprint", TORCH_BOX(&r3d::fingerprint));
 }

@@ -38,11 +38,14 @@ std::string text(const Ints& v);
 Ints sizes(const Tensor& t);
 const char* name(ScalarType t);
 
-// `argument` is what a user calls the value.
+// Raises unless all that the sizes and strides reach is in memory: a storage may have been freed or shrunk
+// under its tensors (`untyped_storage().resize_(0)`, as FSDP leaves parameters). `argument` is what a user
+// calls the value.
+void check_storage(const Tensor& t, const char* argument);
 Dim3 triple(const Ints& v, const char* argument, int64_t least);
 Activation activation_of(const std::string& s);
-DType dtype_of(const Tensor& t, const char* argument, bool half_allowed = false);
-void check_same(const Tensor& t, const char* argument, const Tensor& x);  // dtype and device
+DType dtype_of(const Tensor& t, const char* argument, bool half_allowed = false);  // checks the storage too
+void check_same(const Tensor& t, const char* argument, const Tensor& x);  // dtype, device and storage
 void check_residual_shape(const Ints& residual, const Ints& expected);
 
 // The one place where the geometry of a convolution is judged.

@@ -1,8 +1,6 @@
 // The implementations for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/stem.h"
@@ -110,6 +108,7 @@ Tensor on_parameter(Args a, const Tensor& x, const Tensor& weight, const std::op
     R3D_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == w[0],
               argument, ": expected a float32 CPU tensor of shape [", w[0], "], got ", name(t.scalar_type()),
               " of shape ", text(sizes(t)));
+    check_storage(t, argument);
     return plain(t);
   };
   a.weight_channels_last = !weight.is_contiguous() && is_channels_last(weight);
@@ -269,42 +268,7 @@ Tensor bn_act_cpu(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> re
   return p.y;
 }
 
-// ---- fingerprint and threads
-
-// A number that changes when the bytes of the tensors change. Version counters miss writes through `.data`;
-// this sees them: tensors up to 16 KiB are read whole, larger ones at 256 places spread evenly, or whole when
-// `full`.
-int64_t fingerprint_cpu(std::vector<Tensor> tensors, bool full) {
-  uint64_t hash = 0x9e3779b97f4a7c15ull;
-  auto mix = [&hash](uint64_t v) {
-    hash ^= v;
-    hash *= 0xff51afd7ed558ccdull;
-    hash ^= hash >> 32;
-  };
-  for (const Tensor& t : tensors) {
-    if (!t.is_cpu() || t.numel() == 0) continue;
-    const auto* p = static_cast<const unsigned char*>(t.const_data_ptr());
-    // one past the last byte that the strides reach (a view may be sparse: what lies between is read too,
-    // harmlessly)
-    int64_t span = 1;
-    for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
-    const int64_t bytes = span * static_cast<int64_t>(t.element_size()), words = bytes / 8;
-    const int64_t step = full || bytes <= 16384 ? 1 : words / 256;
-    uint64_t v = 0;
-    for (int64_t i = 0; i < words; i += step) {
-      std::memcpy(&v, p + 8 * i, 8);
-      mix(v);
-    }
-    v = 0;
-    std::memcpy(&v, p + 8 * words, static_cast<size_t>(bytes - 8 * words));
-    mix(v);
-    if (words) {
-      std::memcpy(&v, p + bytes - 8, 8);
-      mix(v);
-    }
-  }
-  return static_cast<int64_t>(hash);
-}
+// ---- threads
 
 void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::RangeFn fn, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, fn, context));
@@ -330,5 +294,4 @@ STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CPU, m) {
   m.impl("max_pool3d", TORCH_BOX(&r3d::max_pool3d_cpu));
   m.impl("avg_pool_linear", TORCH_BOX(&r3d::avg_pool_linear_cpu));
   m.impl("bn_act", TORCH_BOX(&r3d::bn_act_cpu));
-  m.impl("fingerprint", TORCH_BOX(&r3d::fingerprint_cpu));
 }

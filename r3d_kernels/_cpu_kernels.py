@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r3d_kernels import _extension, _keeping
-from r3d_kernels._kernel import Kernel, Layer, Request, Work, describe, fp32_mode, memory_mode
+from r3d_kernels._kernel import Kernel, Layer, Request, Work, describe, fp32_mode, is_alias, memory_mode
 from r3d_kernels.problems import ConvProblem
 
 _BYTES_A_CYCLE = 6.0  # weights from beyond L2, per core
@@ -46,6 +46,9 @@ class DirectCpu:
         if not weight.is_contiguous(memory_format=torch.channels_last_3d):  # both are read as they are
             weight = weight.contiguous()
         return weight, scale, layer.shift.float()
+
+    def reads_weight(self, pack: Any, layer: Layer) -> bool:
+        return is_alias(pack[0], layer.weight)
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
@@ -126,6 +129,9 @@ class KeptCpu(DirectCpu):
         if reservation is not None:  # another thread may have been quicker
             kept = torch.ops.r3d_kernels.conv3d_keep(weight, p.in_shape, p.stride, p.padding, p.dilation)
         return weight, *rest, kept if kept is not None and kept.numel() else None, reservation
+
+    def reads_weight(self, pack: Any, layer: Layer) -> bool:
+        return pack[3] is None and super().reads_weight(pack, layer)
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem

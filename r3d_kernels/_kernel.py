@@ -48,10 +48,15 @@ class Layer:
         conv_bias: Tensor | None,
         norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
     ) -> Layer:
+        # Aliases of all of them: memory that they lie in is not another tensor's as long as the layer lives.
         weight = weight.detach()
+        conv_bias = None if conv_bias is None else conv_bias.detach()
         if norm is None:
             scale, shift = _fold.identity(weight.shape[0], conv_bias, weight.device)
         else:
+            mean, var, gamma, beta, eps = norm
+            gamma, beta = (None if t is None else t.detach() for t in (gamma, beta))
+            norm = (mean.detach(), var.detach(), gamma, beta, eps)
             scale, shift = _fold.scale_and_shift(*norm, conv_bias)
         return cls(weight, conv_bias, norm, scale, shift)
 
@@ -88,6 +93,7 @@ class Kernel(Protocol):
     #   with_pool(request, frames)  the kernel that pools its outputs too, or None (`_pooled`)
     #   packs_of                  the name of the kernel whose packed weights it takes
     #   run_clip(pack, clip, source, request)  it takes a raw clip as a ClipSource says
+    #   reads_weight(pack, layer)  whether it reads the weight itself at every call, and `pack` has no copy of it
     #   private   tried before it may be chosen
     #   compared  and held against the stock layers then
     #   prepare(requests, told)   does together, beforehand, what each would do at its first call (`prepare`)
@@ -119,6 +125,17 @@ def work(kernel: Kernel, request: Request) -> Work:
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def reads_weight(kernel: Kernel, pack: Any, layer: Layer) -> bool:
+    """Whether a kernel reads the weight itself at every call; else its pack holds a copy, which may become stale."""
+    tell = getattr(kernel, "reads_weight", None)
+    return tell is not None and tell(pack, layer)
+
+
+def is_alias(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same elements in the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
 
 
 _SWITCHES = ("R3D_KERNELS_BACKEND", "R3D_KERNELS_FP32", "R3D_KERNELS_MEMORY")

@@ -7,6 +7,7 @@ graphs of torch.compile, which know tensors only, find theirs by the weight.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 import weakref
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from r3d_kernels import _check, _cpu, _extension, _fork, _pooled, backends
+from r3d_kernels._kernel import reads_weight
 from r3d_kernels.problems import ConvProblem
 
 if TYPE_CHECKING:
@@ -34,40 +35,55 @@ ATTRIBUTE = "_r3d_layer_state"  # of a convolution
 _MAX_PLANS = 64  # input shapes remembered for one layer
 
 
+# What of a weight's contents a key has, as `fingerprint` is told.
+_NOT_COPIED, _SAMPLED, _ALL = 0, 1, 2
+
+
 class _Snapshot:
     """Everything derived from one version of the parameters."""
 
-    def __init__(self, key: object, layer: backends.Layer) -> None:
-        self.key = key
+    def __init__(self, key: list[object], counted: bool, layer: backends.Layer) -> None:
+        self.seen = key, _NOT_COPIED  # what `_key` returned, and for which contents
+        self.counted = counted
         self.layer = layer
         self.packs: dict[tuple[str, object], Any] = {}
         # (input shape, dtype, ...) -> (kernel, its pack, request, choice)
         self.plans: dict[object, tuple[backends.Kernel, Any, backends.Request, backends.Choice]] = {}
 
 
-def _key(weight: Tensor, conv_bias: Tensor | None, norm: Norm | None, counted: bool = True) -> list[object]:
-    """Something that differs when any of the tensors has changed.
+def _key(
+    weight: Tensor, conv_bias: Tensor | None, norm: Norm | None, contents: int, counted: bool = True
+) -> list[object]:
+    """Something that differs when any of the tensors has changed: its memory, layout, dtype, version or contents.
 
-    Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode
-    have none (not `counted`): for tensors in CPU memory a fingerprint of the bytes is added (of all bytes where nothing
-    counts).
+    Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode have
+    none (not `counted`). So what is copied is looked at in CPU memory: vectors as a whole; a weight not at all where
+    every kernel reads the parameter itself (_NOT_COPIED), else 512 cache lines at places that are as good as random
+    (_SAMPLED), or as a whole where nothing is counted (_ALL).
+
+    What is left: on a GPU contents are not looked at; and a write through `.data` to a fraction f of a large copied
+    weight, scattered, goes unseen with a probability of (1 - f) ** 8192. A contiguous write is seen for certain
+    from 2/512 of the weight on.
 
     Raises:
-        RuntimeError: where a tensor has no counter, unless not `counted`.
+        RuntimeError: where a tensor has no counter, unless not `counted`; where memory was freed.
     """
     tensors: tuple[Tensor | None, ...] = (weight, conv_bias)
     key: list[object] = [None]
     if norm is not None:
         mean, var, gamma, beta, eps = norm
         tensors, key = (weight, conv_bias, mean, var, gamma, beta), [eps]
+    present = []
     for t in tensors:
         if t is None:
             key.append(None)
         else:
-            key += (t.data_ptr(), t._version if counted else 0, t.dtype)
-    if weight.is_cpu and _extension.error is None:
-        present = [t for t in tensors if t is not None]
-        key.append(torch.ops.r3d_kernels.fingerprint(present, not counted))
+            present.append(t)
+            key.append(t._version if counted else 0)
+    if _extension.error is None:
+        key.append(torch.ops.r3d_kernels.fingerprint(present, contents))
+    else:
+        key += [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in present]
     return key
 
 
@@ -138,28 +154,44 @@ class LayerState:
         snapshot = self._snapshot
         if snapshot is None:
             return None
+        key, contents = snapshot.seen
         try:
-            return snapshot if _key(weight, conv_bias, norm) == snapshot.key else None
+            return snapshot if _key(weight, conv_bias, norm, contents) == key else None
         except RuntimeError:
             return None
 
     def snapshot(self, weight: Tensor, conv_bias: Tensor | None, norm: Norm | None) -> _Snapshot:
-        followed = True
-        try:
-            key = _key(weight, conv_bias, norm)
-        except RuntimeError:  # half the price of asking every tensor before
-            key, followed = _key(weight, conv_bias, norm, False), weight.is_cpu
+        tensors = (weight, conv_bias, norm)
         current = self._snapshot
-        if current is not None and followed and current.key == key:
+        contents = _NOT_COPIED if current is None else current.seen[1]
+        counted = followed = True
+        try:
+            key = _key(*tensors, contents)
+        except RuntimeError:  # half the price of asking every tensor before
+            counted, followed = False, weight.is_cpu
+            contents = min(contents, _SAMPLED) * 2  # all of what is copied
+            key = _key(*tensors, contents, counted)
+        if current is not None and followed and current.seen == (key, contents):
             return current
         with self._lock:
             current = self._snapshot
-            if current is None or not followed or current.key != key:
+            if current is None or not followed or current.seen != (key, contents):
+                key = _key(*tensors, _NOT_COPIED, counted)  # nothing is, yet
                 with torch.no_grad():
-                    current = _Snapshot(key, backends.Layer.of(weight, conv_bias, norm))
+                    current = _Snapshot(key, counted, backends.Layer.of(*tensors))
                 if backends.settled(weight.device):
                     self._snapshot = current
             return current
+
+    @staticmethod
+    def _watch(snapshot: _Snapshot) -> None:
+        """From now on the weight's contents count: a plan has a copy of them."""
+        key, contents = snapshot.seen
+        if contents == _NOT_COPIED:
+            layer, contents = snapshot.layer, _SAMPLED if snapshot.counted else _ALL
+            # The versions stay those from before the copy was made: another thread may have written since.
+            key = [*key[:-1], _key(layer.weight, layer.conv_bias, layer.norm, contents, False)[-1]]
+            snapshot.seen = key, contents
 
     def forget(self) -> None:
         """Frees the packed weights; the next call makes them again."""
@@ -272,6 +304,10 @@ class LayerState:
                     stacklevel=2,
                 )
                 return plan
+            if weight.is_cpu and not reads_weight(choice.kernel, plan[1], snapshot.layer):
+                if _extension.error is not None:
+                    return plan  # nobody could tell that the copy is stale
+                self._watch(snapshot)
             if len(snapshot.plans) >= _MAX_PLANS:
                 backends.synchronize(x.device)  # another stream may still read the pack
                 snapshot.plans.pop(next(iter(snapshot.plans)))
@@ -296,13 +332,73 @@ class LayerState:
         return None if plan is None else plan[0]
 
 
-_states = WeakTensorKeyDictionary()  # weight -> LayerState: packs live as long as the weight
+def _use_count(storage: torch.UntypedStorage) -> int:
+    """Tensors and others that hold the storage, its Python object among them."""
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+class _States:
+    """States by weight, as long as anybody else has the weight.
+
+    A weak reference would tell when that ends, but would forbid swapping the tensor (`torch.utils.swap_tensors`). So a
+    state is found by its weight's place in memory, which cannot be another's while the state's own alias holds it, and
+    goes when nothing but that alias is left: looked for at collections of garbage, and for one state at each look-up.
+    """
+
+    _MOST = 4096  # where torch does not tell who holds a storage
+
+    def __init__(self) -> None:
+        self._lock = _fork.Lock()
+        self._of: dict[object, LayerState] = {}
+        self._turn: list[object] = []  # whom to look at next
+
+    @staticmethod
+    def _place(weight: Tensor) -> object:
+        storage = weight.untyped_storage()
+        return storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
+
+    def get(self, weight: Tensor) -> LayerState | None:
+        if weight.layout is not torch.strided or type(weight) not in (Tensor, nn.Parameter):
+            return None
+        return self._of.get(self._place(weight))
+
+    def setdefault(self, weight: Tensor) -> LayerState:
+        place = self._place(weight)
+        state = self._of.get(place)
+        with self._lock:
+            if state is None:
+                state = self._of.setdefault(place, LayerState())
+                while len(self._of) > self._MOST:
+                    del self._of[next(iter(self._of))]
+            if not self._turn:
+                self._turn = list(self._of)
+            other = self._turn.pop()
+            if other != place:
+                self._drop_unused([other])
+        return state
+
+    def _drop_unused(self, places: Iterable[object]) -> None:
+        for place in places:
+            state = self._of.get(place)
+            snapshot = None if state is None else state._snapshot
+            if snapshot is not None and _use_count(snapshot.layer.weight.untyped_storage()) <= _ALIAS_ALONE:
+                self._of.pop(place, None)
+
+    def sweep(self, phase: str, info: dict[str, int]) -> None:
+        """To be called by the garbage collector."""
+        if phase == "stop" and info["generation"] == 2 and self._of:
+            with self._lock:
+                self._drop_unused(list(self._of))
+
+
+_ALIAS_ALONE = _use_count(torch.empty(1).untyped_storage()) + 1
+_states = _States()
+gc.callbacks.append(_states.sweep)
 
 
 def state_of_weight(weight: Tensor) -> LayerState:
     """The state kept for a weight, whoever it belongs to."""
-    state = _states.get(weight)
-    return _states.setdefault(weight, LayerState()) if state is None else state
+    return _states.setdefault(weight)
 
 
 def state_of(conv: nn.Module) -> LayerState:
@@ -312,7 +408,6 @@ def state_of(conv: nn.Module) -> LayerState:
     """
     state = conv.__dict__.get(ATTRIBUTE)
     if state is None or state.owner is None:  # a copy belongs to nobody yet
-        # Looked up, never made: a weak reference to the weight would forbid swapping it (torch.utils.swap_tensors).
         weight = conv._parameters.get("weight")
         of_weight = None if weight is None else _states.get(weight)
         other = None if of_weight is None or of_weight.owner is None else of_weight.owner()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from r3d_kernels import _fork, _pools, backends, tuning
+from r3d_kernels._kernel import reads_weight as _reads_weight
 from r3d_kernels._sm90_stem import WINDOWS
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Apart:
 
     def pack(self, layer: backends.Layer, request: backends.Request) -> Any:
         return self.kernel.pack(layer, request)
+
+    def reads_weight(self, pack: Any, layer: backends.Layer) -> bool:
+        return _reads_weight(self.kernel, pack, layer)
 
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: backends.Request) -> Tensor:
         return _pools.max_pool3d(self.kernel.run(pack, x, residual, request), *self.window)

@@ -10,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r3d_kernels._kernel import Layer, Request, channels_last, describe
+from r3d_kernels._kernel import Layer, Request, channels_last, describe, is_alias
+from r3d_kernels.problems import ConvProblem
 
 __all__ = ["CudnnBnAct", "CudnnFused", "OneDnn", "Stock"]
 
 
 class OneDnn:
-    """oneDNN's fused convolution as torch ships it, with prepacked weights (a private API of torch: probed first)."""
+    """oneDNN's convolution as torch ships it, with prepacked weights and a fused residual (a private API of torch).
+
+    Its own ReLU turns NaN into zero (it is max(x, 0)), so torch's follows in place, which keeps it.
+    """
 
     name = "oneDNN"
     backend = "torch"
     copies_weights = True
     private = True  # a torch that changes it must not break us: tried once before it may be chosen
+    compared = True  # and held against the stock layers then
 
     def can_run(self, request: Request) -> str | None:
         if request.device.type != "cpu":
@@ -41,7 +46,7 @@ class OneDnn:
             return "the batch is empty"
         if request.problem.groups != 1 and request.problem.residual:
             return "torch does not fuse a residual into a grouped convolution"
-        return None
+        return _outside_onednn(request.problem)
 
     def pack_key(self, request: Request) -> Hashable:
         p = request.problem
@@ -64,12 +69,12 @@ class OneDnn:
         geometry = (p.padding, p.stride, p.dilation, p.groups)
         x = channels_last(x)
         if residual is None:
-            act = p.activation or "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, act, [], None)
-        residual = channels_last(residual)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, *pack, *geometry, "add", 1.0, p.activation, [], None
-        )
+            y = torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, "none", [], None)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, channels_last(residual), *pack, *geometry, "add", 1.0, None, [], None
+            )
+        return y.relu_() if p.activation == "relu" else y
 
 
 class CudnnBnAct:
@@ -164,6 +169,9 @@ class Stock:
         # batch norm keeps its own dtype: torch mixes float32 statistics with half-precision activations
         return layer.weight.to(request.dtype), cast(layer.conv_bias), layer.norm
 
+    def reads_weight(self, pack: Any, layer: Layer) -> bool:
+        return is_alias(pack[0], layer.weight)
+
     def run(self, pack: Any, x: Tensor, residual: Tensor | None, request: Request) -> Tensor:
         p = request.problem
         weight, bias, norm = pack
@@ -179,6 +187,29 @@ class Stock:
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if p.activation == "relu" else y
+
+
+def _outside_onednn(p: ConvProblem) -> str | None:
+    """None for the geometries that oneDNN is known to be right for, or which condition is not met.
+
+    Known by tests/fuzz, not by its documentation. Outside of these it returned garbage, read memory that was not its
+    own or ended the process (torch 2.13): with one input channel, an output one wide and a stride along the width;
+    with padding, stride and dilation along an axis of one tap; with padding of at least the kernel.
+    """
+    if max(p.dilation) > 1:
+        return f"not known to be right with dilation, got {p.dilation}"
+    if p.c == 1 or p.k == 1:
+        return "not known to be right with one input or output channel"
+    if any(2 * pad > f for pad, f in zip(p.padding, p.kernel, strict=True)):
+        return f"not known to be right with padding beyond half the kernel {p.kernel}, got {p.padding}"
+    sizes = (p.d, p.h, p.w)
+    if any(f > size and f != 2 * pad + 1 for f, size, pad in zip(p.kernel, sizes, p.padding, strict=True)):
+        return f"not known to be right with a kernel larger than the input {sizes}, got {p.kernel}"
+    if any(s > f for s, f in zip(p.stride, p.kernel, strict=True)) and p.kernel != (1, 1, 1):
+        return f"not known to be right with a stride beyond the kernel {p.kernel}, got {p.stride}"
+    if p.out_size[2] == 1 and p.stride[2] > 1:
+        return "not known to be right with an output one wide and a stride along the width"
+    return None
 
 
 @cache

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 
 from r3d_kernels import _check, _extension
 from r3d_kernels._layer import ATTRIBUTE, plan_key, state_of
@@ -28,18 +30,56 @@ __all__ = ["ConvBNAct3d", "avg_pool_linear", "clip_conv_bn_act", "conv_bn_act", 
 _NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+# What torch's classes do, to see whether somebody has replaced it since.
+_CALL, _CONV, _CONV_INNER, _NORM = (
+    nn.Module.__call__,
+    nn.Conv3d.forward,
+    nn.Conv3d._conv_forward,
+    nn.BatchNorm3d.forward,
+)
+# Hooks on every module there is: the dictionaries themselves, which torch fills in place.
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+
+def _watched_globally() -> bool:
+    a, b, c, d = _GLOBAL_HOOKS
+    return bool(a or b or c or d)
+
+
 def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody wants to see the module's calls, or has put a forward of their own into the instance.
+
+    Accelerate, LoRA and calibration tools work that way: the module itself has to be called.
+    """
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_conv_forward" in own
+        or _watched_globally()
+    )
 
 
 def _is_plain_conv(cls: type[nn.Module]) -> bool:
     """Whether it is a convolution as torch runs it: torchvision's are a subclass with a name for their stride."""
-    return cls is nn.Conv3d or (
+    return (
         issubclass(cls, nn.Conv3d)
-        and cls.forward is nn.Conv3d.forward
-        and cls._conv_forward is nn.Conv3d._conv_forward
-        and cls.__call__ is nn.Conv3d.__call__
+        and cls.forward is _CONV
+        and cls._conv_forward is _CONV_INNER
+        and cls.__call__ is _CALL
     )
+
+
+def _is_plain_norm(cls: type[nn.Module]) -> bool:
+    return cls in _NORMS and cls.__call__ is _CALL and (cls is not nn.BatchNorm3d or cls.forward is _NORM)
 
 
 def _is_parametrized(module: nn.Module) -> bool:
@@ -111,6 +151,9 @@ def _observed(observer: Callable[[LayerCall], Tensor], call: LayerCall) -> Tenso
 # ---------------------------------------------------------------------------------------------------------- the layers
 
 
+_MISSING = object()  # no tensor: taken out of a module's parameters
+
+
 def _settled(
     x: Tensor,
     conv: nn.Conv3d,
@@ -132,33 +175,27 @@ def _settled(
         or state.owner is None  # a copy belongs to nobody yet
         or not _is_plain_conv(type(conv))
         or own["_modules"]  # parametrized
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
+        or has_hooks(conv)
         or own["padding_mode"] != "zeros"
         or type(x) not in TENSORS
         or x.layout is not torch.strided
         or torch.jit.is_tracing()
         or _functorch.peek_interpreter_stack() is not None  # inside vmap, grad, ...
+        or forward_ad._current_level >= 0
     ):
         return None
     parameters = own["_parameters"]
-    weight, bias = parameters["weight"], parameters["bias"]
+    weight, bias = parameters.get("weight"), parameters.get("bias", _MISSING)
     if type(weight) not in TENSORS or (bias is not None and type(bias) not in TENSORS):
         return None
     norm = None
     if bn is not None:
         own_bn = bn.__dict__
-        if (
-            type(bn) not in _NORMS
-            or own_bn["training"]
-            or own_bn["_modules"]
-            or own_bn["_forward_hooks"]
-            or own_bn["_forward_pre_hooks"]
-        ):
+        if not _is_plain_norm(type(bn)) or own_bn["training"] or own_bn["_modules"] or has_hooks(bn):
             return None
         affine, statistics = own_bn["_parameters"], own_bn["_buffers"]
-        mean, var = statistics["running_mean"], statistics["running_var"]
-        gamma, beta = affine["weight"], affine["bias"]
+        mean, var = statistics.get("running_mean"), statistics.get("running_var")
+        gamma, beta = affine.get("weight", _MISSING), affine.get("bias", _MISSING)
         if type(mean) not in TENSORS or type(var) not in TENSORS:
             return None
         if gamma is not None and (type(gamma) not in TENSORS or type(beta) not in TENSORS):
@@ -202,23 +239,42 @@ def _settled(
 
 # Modules' dicts are read directly here too, where a graph of torch.compile or a first call comes by.
 def _why_stock(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> str | None:
-    """Why this layer has to go through its stock modules, or None."""
+    """Why this layer has to go through its stock modules, or None: whatever is not as torch makes it is theirs."""
     if not _is_plain_conv(type(conv)) or _is_parametrized(conv):
         return "the convolution is a subclass with a forward of its own, or parametrized"
+    if has_hooks(conv) or (bn is not None and has_hooks(bn)):
+        return "a hook wants to see the intermediate result, or a forward was replaced"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
-    if has_hooks(conv) or (bn is not None and has_hooks(bn)):
-        return "a forward hook wants to see the intermediate result"
-    parameters = list(conv._parameters.values())
+    weight = conv._parameters.get("weight")
+    if weight is None or "bias" not in conv._parameters:
+        return "weight or bias of the convolution is no parameter"
+    parameters = [weight, conv._parameters["bias"]]
     if bn is not None:
-        if type(bn) not in _NORMS or _is_parametrized(bn):
+        if not _is_plain_norm(type(bn)) or _is_parametrized(bn):
             return f"the norm is a {type(bn).__name__}"
-        if bn.training or bn._buffers["running_mean"] is None:
+        affine, statistics = bn._parameters, bn._buffers
+        if "running_mean" not in statistics or "running_var" not in statistics:
+            return "a statistic of the norm is no buffer"
+        mean, var = statistics["running_mean"], statistics["running_var"]
+        if bn.training or (mean is None and var is None):
             return "batch norm uses the statistics of the batch"
-        parameters += bn._parameters.values()
-        parameters += (bn._buffers["running_mean"], bn._buffers["running_var"])
+        if mean is None or var is None:
+            return "the norm has one statistic only"
+        if "weight" not in affine or "bias" not in affine:
+            return "weight or bias of the norm is no parameter"
+        parameters += (affine["weight"], affine["bias"], mean, var)
     if not is_plain(x, residual, *parameters):
-        return "tracing, or tensors without data of their own"
+        return "tracing, a forward-mode derivative, or tensors without data of their own"
+    if x.dim() == 4 and bn is None and residual is None:
+        return "x has no batch axis"
+    for t in parameters[1:]:
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != weight.shape[0]:
+            return "the norm, or the bias, is for another number of channels"
+        if t.dtype is not torch.float32 and t.dtype is not weight.dtype:
+            return f"a parameter or statistic is {t.dtype}, the weight {weight.dtype}"
     if needs_gradient(x, residual, *parameters):
         if not conv.training and not x.requires_grad and not torch.compiler.is_compiling():
             _warn_once_about_gradients()
@@ -462,9 +518,12 @@ def clip_conv_bn_act(
     return conv_bn_act(x, conv, bn, activation=activation, pool=pool, fused=fused)
 
 
+_POOL, _LINEAR = nn.MaxPool3d.forward, nn.Linear.forward
+
+
 def is_plain_pool(pool: nn.MaxPool3d) -> bool:
     special = pool.return_indices or pool.ceil_mode or has_hooks(pool) or pool.dilation not in (1, (1, 1, 1))
-    return type(pool) is nn.MaxPool3d and not special
+    return type(pool) is nn.MaxPool3d and nn.MaxPool3d.forward is _POOL and not special
 
 
 def _joined_frames(x: Tensor, pool: nn.MaxPool3d) -> int:
@@ -487,7 +546,10 @@ def avg_pool_linear(x: Tensor, fc: nn.Linear, *, fused: bool = True) -> Tensor:
     stock = (
         not fused
         or type(fc) is not nn.Linear
+        or nn.Linear.forward is not _LINEAR
         or has_hooks(fc)
+        or fc._parameters.get("weight") is None
+        or "bias" not in fc._parameters
         or hasattr(fc, "parametrizations")
         or x.dtype != fc.weight.dtype  # autocast, or an error that torch words best
         or torch.is_autocast_enabled(x.device.type)

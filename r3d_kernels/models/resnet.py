@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from r3d_kernels.backends import one_pass
 from r3d_kernels.graphs import GraphedModel
-from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks
-from r3d_kernels.ops.clip import channel_values
+from r3d_kernels.nn import avg_pool_linear, clip_conv_bn_act, conv_bn_act, has_hooks, max_pool3d
+from r3d_kernels.ops.clip import channel_values, normalized_clip
 from r3d_kernels.ops.conv3d import is_plain
 
 __all__ = [
@@ -358,12 +358,21 @@ def _halves(conv: nn.Conv3d | Conv2Plus1D, bn: nn.BatchNorm3d) -> list[tuple[nn.
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether calling a sequence of modules does no more than calling each of them."""
-    return (
-        type(module) is nn.Sequential
-        and not has_hooks(module)
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
+    return type(module) is nn.Sequential and not has_hooks(module) and module._compiled_call_impl is None
+
+
+def _is_watched(sequence: nn.Module) -> bool:
+    """Whether a hook, or somebody's forward, is on a sequence of layers or on what stands between its layers.
+
+    These are not called where the layers run fused; the layers themselves are looked after by `conv_bn_act`.
+    """
+    return has_hooks(sequence) or any(
+        _is_watched(m) if isinstance(m, nn.Sequential) else not isinstance(m, _LAYERS) and has_hooks(m)
+        for m in sequence._modules.values()
     )
+
+
+_LAYERS = (nn.Conv3d, nn.BatchNorm3d)
 
 
 class _Block(nn.Module):
@@ -420,11 +429,29 @@ class _Block(nn.Module):
             return x
         if isinstance(down, nn.Sequential) and len(down._modules) == 2:
             conv, bn = down._modules.values()
-            if isinstance(conv, nn.Conv3d) and isinstance(bn, nn.BatchNorm3d):
+            if isinstance(conv, nn.Conv3d) and isinstance(bn, nn.BatchNorm3d) and not has_hooks(down):
                 return conv_bn_act(x, conv, bn, activation=None, fused=self.fused)
         return down(x)
 
+    def _is_watched(self) -> bool:
+        modules = self._modules
+        sequences = [modules[f"conv{index}"] for index in range(1, self.n_convs + 1)]
+        return any(_is_watched(m) for m in sequences if isinstance(m, nn.Sequential))
+
+    def _run_modules(self, x: Tensor) -> Tensor:
+        """The block with a call of every module in it."""
+        y = x
+        for index in range(1, self.n_convs + 1):
+            if index > 1 and self.naming == "hara":
+                y = F.relu(y)
+            y = self._modules[f"conv{index}"](y)
+            if self.naming == "hara":
+                y = self._modules[f"bn{index}"](y)
+        return F.relu(y + self._shortcut(x))
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_watched():
+            return self._run_modules(x)
         y, fused = x, self.fused
         *first, (conv, bn) = self._steps()
         for step in first:
@@ -786,6 +813,11 @@ class _ResNet(nn.Module):
         self._check_input(x)
         *pairs, last = self._stem_pairs()
         raw = x.dtype == torch.uint8
+        if self._stem_spec.naming == "torchvision" and _is_watched(self.stem):
+            if raw:
+                x = normalized_clip(x, self.clip_mean, self.clip_std, last[0].weight.dtype)
+            x = self.stem(x)
+            return x if self.maxpool is None else max_pool3d(x, self.maxpool, fused=self.fused)
         if self.fused and not self.training and not raw and not self._reads_planes(x):
             # Once, here: every layer behind keeps the format.
             x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -841,9 +873,9 @@ class _ResNet(nn.Module):
     def forward_head(self, x: Tensor) -> Tensor:
         """Pool and classifier: ``[N, num_features, D', H', W']`` to ``[N, num_classes]``."""
         # The exact type: a subclass (an adapter, a quantised layer) computes something of its own.
-        if type(self.fc) is nn.Linear and self._pools_all(x):
+        if type(self.fc) is nn.Linear and self._pools_all(x) and not has_hooks(self.avgpool):
             return avg_pool_linear(x, self.fc, fused=self.fused)
-        if self._pools_all(x):
+        if self._pools_all(x) and not has_hooks(self.avgpool):
             pooled = F.adaptive_avg_pool3d(x, 1)
         elif x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
             pooled = self.avgpool(x.float()).to(x.dtype)  # torch has no avg_pool3d for these on a CPU

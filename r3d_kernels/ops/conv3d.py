@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from r3d_kernels import _check, _extension, reference
 from r3d_kernels._layer import Norm, state_of_weight
@@ -40,8 +41,13 @@ def compiles() -> bool:
     return torch.compiler.is_dynamo_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether our operators can take the tensors: no fake, functional or subclass tensors, no tracing.
+    """Whether our operators can take the tensors: no fake, functional or subclass tensors, no tracing,
+    no forward-mode derivatives, which our operators do not have.
 
     Under torch.compile they can: Dynamo shows tensors as they will be when its graph runs.
     """
@@ -49,6 +55,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if (tracing and not compiles()) or torch.jit.is_tracing():
         return False
     if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):  # inside vmap, grad, ...
+        return False
+    if not tracing and forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         return False
     for t in tensors:  # a loop, not all(): half the time, and this runs for every layer
         if t is None:
