@@ -283,14 +283,14 @@ class ConvProblem:
 
         There it returns wrong results or writes out of bounds and corrupts the process (torch 2.13): where the output
         is one wide and the stride along it more than 1 (pytorch#169688), with dilation, and where the kernel spans more
-        than the input, unless the padding is "same" and there are at least 16 channels. Found by isolated runs under a
-        checking allocator; wide on purpose.
+        than the input, unless the padding is "same" and a group has at least 16 input channels. Found by isolated runs
+        under a checking allocator and by tests/fuzz; wide on purpose.
         """
         if self.out_size[2] == 1 and self.stride[2] > 1:
             return True
         if max(self.dilation) > 1:
             return True
-        same = self.c >= 16 and all(f == 2 * p + 1 for f, p in zip(self.kernel, self.padding, strict=True))
+        same = self.c // self.groups >= 16 and all(f == 2 * p + 1 for f, p in zip(self.kernel, self.padding, strict=True))
         sizes = (self.d, self.h, self.w)
         return not same and any(f > size for f, size in zip(self.kernel, sizes, strict=True))
 
