@@ -10,6 +10,7 @@ __all__ = ["ROUNDING", "STOCK_BROKEN", "allowed"]
 
 FLOAT32_OP, FLOAT32_NETWORK = 5e-6, 1e-5
 FLOAT64 = 1e-13
+STRICT_FLOOR = 1e-6  # of R3D_KERNELS_FP32=strict, where the stock layer is within a few roundings
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 # Stock half precision that is this far off is not rounded but wrong (pytorch#169688), and no measure of anything.
 STOCK_BROKEN = 0.1
@@ -29,8 +30,8 @@ def allowed(dtype: torch.dtype, stock: float, device: torch.device, *, network: 
     """The largest error, relative L2 against float64, that keeps the promise.
 
     float32: 5e-6 for a layer, 1e-5 for a network; more only where torch's switches ask for coarser products. With
-    `R3D_KERNELS_FP32=strict` a layer may have twice the stock layer's error. bfloat16 and float16: twice the stock
-    error and one rounding of the output.
+    `R3D_KERNELS_FP32=strict` a layer may have twice the stock layer's error, or 1e-6. bfloat16 and float16: twice the
+    stock error and one rounding of the output.
 
     Args:
         dtype: computed in.
@@ -46,7 +47,7 @@ def allowed(dtype: torch.dtype, stock: float, device: torch.device, *, network: 
     coarser = _coarser(device)
     if backends.fp32_mode() == "strict":
         if not network:
-            return max(2 * stock, ROUNDING[dtype])
+            return max(2 * stock, STRICT_FLOOR)
         return max(FLOAT32_NETWORK, 2 * stock if coarser[1] else 0.0)
     if not network:
         return max(FLOAT32_OP, coarser[0])

@@ -290,7 +290,9 @@ class ConvProblem:
             return True
         if max(self.dilation) > 1:
             return True
-        same = self.c // self.groups >= 16 and all(f == 2 * p + 1 for f, p in zip(self.kernel, self.padding, strict=True))
+        same = self.c // self.groups >= 16 and all(
+            f == 2 * p + 1 for f, p in zip(self.kernel, self.padding, strict=True)
+        )
         sizes = (self.d, self.h, self.w)
         return not same and any(f > size for f, size in zip(self.kernel, sizes, strict=True))
 
