@@ -3,22 +3,27 @@
 One JSON file, `tuning-v1.json`, in `$R3D_KERNELS_CACHE`, else `$XDG_CACHE_HOME/r3d_kernels`, else
 `~/.cache/r3d_kernels`. Entries are grouped by machine (processor, instruction set, threads, torch, package version),
 so that a home directory shared by several machines holds them side by side. Written aside and renamed; a damaged file
-is ignored with a warning and replaced at the next write. `R3D_KERNELS_TUNE=0` neither measures, reads nor writes.
+is ignored with a warning and replaced at the next write: whatever lies there, a forward pass goes on. Only regular
+files are opened. `R3D_KERNELS_TUNE=0` neither measures, reads nor writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
+import reprlib
+import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -35,9 +40,13 @@ __all__ = [
     "gpu_seconds",
     "machine_key",
     "queued_seconds",
+    "read_cache",
+    "read_regular",
 ]
 
 _FORMAT = 1
+_MOST_BYTES = 64 << 20  # of a cache: thousands of networks take less
+_MOST_LOOKS = 1000  # that an entry can ask for
 
 
 def enabled() -> bool:
@@ -50,10 +59,40 @@ def enabled() -> bool:
 
 def cache_path() -> Path:
     """Where the tuning cache of this user lies."""
+    # No shell expands the tilde of `ENV R3D_KERNELS_CACHE=~/x` in a Dockerfile or of os.environ[...] = "~/x".
     if folder := os.environ.get("R3D_KERNELS_CACHE"):
-        return Path(folder) / "tuning-v1.json"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "r3d_kernels" / "tuning-v1.json"
+        return Path(os.path.expanduser(folder)) / "tuning-v1.json"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(os.path.expanduser(base)) / "r3d_kernels" / "tuning-v1.json"
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; OSError for anything else: a fifo would hang, a device never end."""
+
+    def check(mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+    with contextlib.suppress(FileNotFoundError):
+        check(os.stat(path).st_mode)  # opening a device may already do something
+    # Windows knows neither flag, nor what they are for.
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        check(os.fstat(descriptor).st_mode)  # another one may have come in between
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: Path, most: int = _MOST_BYTES) -> bytes:
+    """What a regular file holds; OSError where it is none, or larger than `most` bytes."""
+    with open(_open_regular(path, os.O_RDONLY), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return data
 
 
 def check_writable() -> None:
@@ -141,11 +180,12 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
         import fcntl
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, "a+")  # noqa: SIM115 - its lock is held until the attempt ends
+        descriptor = _open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        # Its lock is held until the attempt ends.
+        file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process tries
-            file.seek(0)
-            if file.read():
+            if os.fstat(descriptor).st_size:  # whatever it says
                 self.earlier = self.path
             else:
                 file.write(f"{self._what}\nremove this file to have it tried again\n")
@@ -166,6 +206,61 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
             self._file = None
 
 
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{_shortened(name)}: expected an object, got {reprlib.repr(value)}")
+    return value
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 200 else name[:197] + "..."
+
+
+def _entry(entry: Any, problem: str) -> dict[str, Any]:
+    """An entry as `TuningCache.put` makes it, less what it does not know; ValueError for anything else."""
+
+    def expect(ok: bool, what: str, expected: str, got: Any) -> None:
+        if not ok:
+            raise ValueError(f"{_shortened(problem)}: {what}: expected {expected}, got {reprlib.repr(got)}")
+
+    entry = _mapping(entry, problem)
+    kernel, seconds, again = entry.get("kernel"), entry.get("seconds"), entry.get("again", 0)
+    expect(isinstance(kernel, str), "kernel", "a name", kernel)
+    expect(isinstance(seconds, dict), "seconds", "times by kernel", seconds)
+    for name, value in seconds.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        try:
+            good = isinstance(name, str) and number and 0 < float(value) < math.inf
+        except OverflowError:  # an integer of hundreds of digits
+            good = False
+        expect(good, f"seconds of {reprlib.repr(name)}", "a positive, finite number", value)
+    count = isinstance(again, int) and 0 <= again <= _MOST_LOOKS  # True: of 0.1.0 before it counted
+    expect(count, "again", f"a whole number from 0 to {_MOST_LOOKS}", again)
+    good = {"kernel": kernel, "seconds": {name: float(value) for name, value in seconds.items()}}
+    return good | ({"again": int(again)} if again else {})
+
+
+def read_cache(path: Path) -> tuple[dict[str, dict[str, dict]], str | None]:
+    """The entries by machine and problem, and why there are none where the file cannot be used; never raises."""
+    try:
+        data = json.loads(read_regular(path).decode("utf-8"))
+        found = data.get("format") if isinstance(data, dict) else data
+        if not isinstance(data, dict) or found != _FORMAT:
+            raise ValueError(f"expected format {_FORMAT}, got {reprlib.repr(found)}")
+        machines = {
+            machine: {
+                problem: _entry(entry, problem) for problem, entry in _mapping(entries, machine).items()
+            }
+            for machine, entries in _mapping(data.get("machines"), "machines").items()
+        }
+        return machines, None
+    except FileNotFoundError:
+        return {}, None
+    # RecursionError: what is nested a thousand times over.
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        return {}, f"{type(e).__name__}: {e}"
+
+
 class TuningCache:
     """Choices by (machine, problem); thread-safe; the file is read at first use and merged at every write.
 
@@ -181,27 +276,17 @@ class TuningCache:
 
     @staticmethod
     def _read(path: Path, quiet: bool = False) -> dict[str, dict[str, dict]]:
-        try:
-            data = json.loads(path.read_text())
-            if data["format"] != _FORMAT or not isinstance(data["machines"], dict):
-                raise ValueError(f"format {data['format']!r}")
-            for entries in data["machines"].values():
-                for entry in entries.values():
-                    if not isinstance(entry["kernel"], str) or not isinstance(entry["seconds"], dict):
-                        raise ValueError("an entry is not what this version writes")
-            return data["machines"]
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            if not quiet:
-                warnings.warn(f"tuning cache {path} is ignored: {type(e).__name__}: {e}", stacklevel=2)
-            return {}
+        machines, damage = read_cache(path)
+        if damage and not quiet:
+            warnings.warn(f"tuning cache {path} is ignored: {damage}", stacklevel=2)
+        return machines
 
     def _load(self) -> None:
         path = cache_path()
         if path != self._path:
-            self._path, self._entries = path, self._read(path)
+            self._path, self._entries = path, {}  # also where the warning is made an error: once is enough
             self._unsaved.clear()
+            self._entries = self._read(path)
 
     def get(self, machine: str, problem: str) -> dict | None:
         """{"kernel": name, "seconds": {name: seconds}}, with "again": number where `put` was told one; or None."""
@@ -248,7 +333,7 @@ class TuningCache:
         with self._lock:
             self._load()
             self._unsaved.clear()
-            if not cache_path().exists():
+            if not os.path.lexists(cache_path()):  # a link to nowhere is something to remove
                 self._entries = {}
                 return 0
             with self._alone(cache_path()):
@@ -262,12 +347,16 @@ class TuningCache:
     def _alone(path: Path) -> Iterator[None]:
         """No other process changes the file meanwhile, where the system has locks."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
+        with open(_open_regular(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT), "rb+") as lock:
             # Without one (some network file systems) a write is still whole, but may lose another process's entry.
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # Whoever holds the lock knows that nobody else writes: these are of processes that were killed.
+                for aside in path.parent.glob(f"{path.name}*.tmp"):
+                    with contextlib.suppress(OSError):
+                        aside.unlink()
             yield
 
     def _update(self, gone: Collection[tuple[str, str]]) -> int:
@@ -277,20 +366,26 @@ class TuningCache:
         with self._alone(path):
             merged = self._read(path, quiet=True)
             removed = sum(merged.get(machine, {}).pop(problem, None) is not None for machine, problem in gone)
+            unfit = {}  # a clock that stood still, say: one such entry would have the whole file ignored
             for machine, problem in self._unsaved:
-                merged.setdefault(machine, {})[problem] = self._entries[machine][problem]
+                entry = self._entries[machine][problem]
+                try:
+                    merged.setdefault(machine, {})[problem] = _entry(entry, problem)
+                except ValueError:
+                    unfit[machine, problem] = entry
             merged = {machine: entries for machine, entries in merged.items() if entries}
             handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
             try:
-                with os.fdopen(handle, "w") as f:
-                    json.dump({"format": _FORMAT, "machines": merged}, f, indent=1)
+                with os.fdopen(handle, "w", encoding="ascii") as f:
+                    json.dump({"format": _FORMAT, "machines": merged}, f, indent=1, allow_nan=False)
                 os.replace(aside, path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(aside)
                 raise
-        self._entries = merged
-        self._unsaved.clear()
+        for (machine, problem), entry in unfit.items():  # this process has it all the same
+            merged.setdefault(machine, {})[problem] = entry
+        self._entries, self._unsaved = merged, set(unfit)
         return removed
 
 

@@ -88,14 +88,18 @@ def _tuning_cache() -> dict[str, Any]:
         return {"enabled": None, "error": common.one_line(e)}
     except ImportError as e:
         return {"enabled": False, "error": common.one_line(e)}
-    entries = 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        entries = sum(len(found) for found in json.loads(path.read_text())["machines"].values())
-    found = {"enabled": enabled, "path": str(path), "entries": entries}
+    machines, damage = tuning.read_cache(path)
+    found = {"enabled": enabled, "path": str(path), "entries": sum(map(len, machines.values()))}
+    if damage:
+        found["ignored"] = common.one_line(damage)
     with contextlib.suppress(OSError):  # where there are any: what is not tried until they are removed
         if traces := [t for t in sorted(path.parent.glob("trying-*.txt")) if t.stat().st_size]:
-            found["not_survived"] = [f"{t.read_text().splitlines()[0]} ({t})" for t in traces]
+            found["not_survived"] = [f"{_first_line(tuning.read_regular(t))} ({t})" for t in traces]
     return found
+
+
+def _first_line(data: bytes) -> str:
+    return common.one_line(data.decode(errors="replace").partition("\n")[0][:200] or "?")
 
 
 def _plain(value: Any) -> Any:

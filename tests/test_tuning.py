@@ -1,0 +1,291 @@
+"""The tuning cache against whatever lies on disk: a forward pass works, and nothing hangs or fills the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import r3d_kernels as r3d
+from r3d_kernels import tuning
+
+FIFOS = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no fifos")
+GOOD = {"kernel": "direct", "seconds": {"direct": 1.0}}
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    return tmp_path / "tuning-v1.json"
+
+
+def forward() -> torch.Tensor:
+    with torch.inference_mode():
+        return r3d.ConvBNAct3d(4, 8, 3, 1, 1).eval()(torch.randn(1, 4, 2, 5, 5))
+
+
+def holds(entry: object) -> str:
+    return json.dumps({"format": 1, "machines": {"m": {"p": entry}}})
+
+
+def used(kind: str = "ignored") -> list[str]:
+    """Every method of a new cache; the warnings that came of it."""
+    tuning.shared = tuning.TuningCache()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            tuning.shared.get("m", "p")
+            tuning.shared.put("m", "q", "direct", {"direct": 1.0})
+        assert tuning.shared.get("m", "q") == GOOD
+        tuning.shared.forget("m", ["p", "q"])
+        tuning.shared.clear()
+    return [str(w.message) for w in told if kind in str(w.message)]
+
+
+WRONG_SECONDS = [
+    *(None, "1", [1], 3, True),
+    *({"direct": wrong} for wrong in (None, "1", {}, [], True, 0, -1.0, 10**400, float("nan"), float("inf"))),
+]
+
+
+@pytest.mark.parametrize("seconds", WRONG_SECONDS, ids=lambda value: repr(value)[:30])
+def test_wrong_seconds(cache, seconds) -> None:
+    cache.write_text(holds({"kernel": "direct", "seconds": seconds}))
+    (told,) = used()
+    assert "p: seconds" in told
+    assert len(told) < 400
+    cache.write_text(holds({"kernel": "direct", "seconds": seconds}))
+    tuning.shared = tuning.TuningCache()
+    with pytest.warns(UserWarning, match="is ignored"):
+        forward()
+    assert tuning.read_cache(cache)[1] is None  # replaced
+
+
+@pytest.mark.parametrize("again", [None, "1", 1.5, [], {}, -1, 10**9, 10**400], ids=lambda v: repr(v)[:30])
+def test_wrong_again(cache, again) -> None:
+    cache.write_text(holds({**GOOD, "again": again}))
+    assert ["p: again: expected a whole number" in told for told in used()] == [True]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xfe\x00{",
+        b'{"format": 1, "machines": {"m\xff": {}}}',
+        b"[" * 100_000,
+        b'{"format": 1, "machines": ' + b'{"a":' * 100_000,
+        holds({"kernel": [], "seconds": {}}).encode(),
+        holds(None).encode(),
+        b'{"format": 1, "machines": {"m": []}}',
+        b'{"format": 1}',
+        b'{"format": "' + b"x" * 10_000 + b'", "machines": {}}',
+        b"null",
+        b"\x00" * 1000,
+    ],
+    ids=lambda data: repr(data)[:40],
+)
+def test_damaged_files(cache, data) -> None:
+    cache.write_bytes(data)
+    (told,) = used()
+    assert len(told) < 500
+    cache.write_bytes(data)
+    tuning.shared = tuning.TuningCache()
+    with pytest.warns(UserWarning, match="is ignored"):
+        forward()
+    assert tuning.read_cache(cache)[1] is None
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(["direct", "tile", "torch", "x"])
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "kernel": NAMES | ANY_JSON,
+        "seconds": st.dictionaries(NAMES, ANY_JSON) | ANY_JSON,
+        "again": ANY_JSON,
+    },
+)
+FILES = ANY_JSON | st.fixed_dictionaries(
+    {
+        "format": st.just(1),
+        "machines": ANY_JSON | st.dictionaries(st.just("m"), st.dictionaries(NAMES, ENTRIES)),
+    }
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(FILES)
+@example({"format": 1, "machines": {"m": {"p": {**GOOD, "more": [[]]}}}})
+def test_any_json(cache, data) -> None:
+    cache.write_text(json.dumps(data))
+    assert len(used()) <= 1
+
+
+def real_key(cache: Path) -> tuple[str, str]:
+    forward()
+    ((machine, entries),) = json.loads(cache.read_text())["machines"].items()
+    return machine, next(iter(entries))
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(entry=ENTRIES | ANY_JSON)
+def test_a_forward_pass_with_any_entry_in_its_place(cache, entry) -> None:
+    """Under the very key that the layer asks for."""
+    cache.unlink(missing_ok=True)
+    tuning.shared = tuning.TuningCache()
+    machine, key = real_key(cache)
+    cache.write_text(json.dumps({"format": 1, "machines": {machine: {key: entry}}}))
+    tuning.shared = tuning.TuningCache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert forward().isfinite().all()
+    assert tuning.read_cache(cache)[1] is None
+
+
+def test_good_entries_are_kept(cache) -> None:
+    cache.write_text(holds({"kernel": "direct", "seconds": {"direct": 1}, "again": 2, "newer": "field"}))
+    entry = tuning.TuningCache().get("m", "p")
+    assert entry == {"kernel": "direct", "seconds": {"direct": 1.0}, "again": 2}
+
+
+def test_what_cannot_be_read_again_is_not_written(cache) -> None:
+    """A clock that stood still must not have the whole file ignored."""
+    tuning.shared.put("m", "p", "direct", {"direct": 0.0})
+    tuning.shared.put("m", "q", "direct", {"direct": 1.0})
+    tuning.shared.put("m", "r", "direct", {"direct": float("nan")})
+    assert tuning.shared.get("m", "p") == {"kernel": "direct", "seconds": {"direct": 0.0}}
+    machines, damage = tuning.read_cache(cache)
+    assert (machines, damage) == ({"m": {"q": GOOD}}, None)
+    assert tuning.shared.forget("m", ["p", "r"]) == 0
+    assert tuning.shared.get("m", "p") is None
+
+
+def test_a_huge_file(cache) -> None:
+    with cache.open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert ["larger than" in told for told in used()] == [True]
+
+
+IN_PLACE = {
+    "fifo": lambda path: os.mkfifo(path),
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "null device": lambda path: path.symlink_to("/dev/null"),
+    "directory": lambda path: path.mkdir(),
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to nowhere": lambda path: path.symlink_to(path.with_name("none") / "none"),
+}
+SCRIPT = """
+import warnings, resource, torch, r3d_kernels as r3d
+from r3d_kernels import tuning
+warnings.simplefilter("ignore")
+with torch.inference_mode():
+    r3d.ConvBNAct3d(4, 8, 3, 1, 1).eval()(torch.randn(1, 4, 2, 5, 5))
+with tuning.Attempt("a kernel") as attempt:
+    pass
+for tidy in (lambda: tuning.shared.forget("m", ["p"]), tuning.shared.clear):
+    try:
+        tidy()
+    except OSError:
+        pass
+from r3d_kernels.cli import main
+main(["doctor", "--json"])
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20  # KiB
+"""
+
+
+@FIFOS
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_what_is_no_regular_file_is_not_opened(cache, kind) -> None:
+    """In place of the cache, its lock, and the trace of an attempt: in a process that may hang or grow."""
+    for path in (cache, cache.with_suffix(".lock"), tuning.Attempt("a kernel").path):
+        IN_PLACE[kind](path)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n", b"\n", b"x" * 100_000], ids=["no UTF-8", "empty line", "long"]
+)
+def test_any_trace_of_an_attempt(cache, content) -> None:
+    from r3d_kernels.cli import doctor
+
+    path = tuning.Attempt("a kernel").path
+    path.write_bytes(content)
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier == path
+    assert path.read_bytes() == content
+    (told,) = doctor._tuning_cache()["not_survived"]
+    assert len(told) < 300 + len(str(path))
+
+
+def test_a_file_in_place_of_the_folder(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    with pytest.warns(UserWarning, match="tuning cache"):
+        forward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        forward()
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+
+
+def test_leftovers_of_killed_processes_are_swept(cache) -> None:
+    for name in ("tuning-v1.jsonabc.tmp", "tuning-v1.json_1x.tmp"):
+        cache.with_name(name).write_text("half")
+    others = [cache.with_name(name) for name in ("tuning-v1.json.bak", "other.tmp")]
+    for other in others:
+        other.write_text("mine")
+    tuning.shared.put("m", "p", "direct", {"direct": 1.0})
+    names = {path.name for path in cache.parent.iterdir()}
+    assert names == {cache.name, cache.with_suffix(".lock").name, *(other.name for other in others)}
+
+
+def test_nothing_is_swept_without_a_lock(cache, monkeypatch) -> None:
+    import fcntl
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    aside = cache.with_name("tuning-v1.jsonabc.tmp")
+    aside.write_text("of somebody who is writing")
+    tuning.shared.put("m", "p", "direct", {"direct": 1.0})
+    assert aside.exists()
+
+
+@pytest.mark.parametrize("variable", ["R3D_KERNELS_CACHE", "XDG_CACHE_HOME"])
+def test_the_tilde_is_the_home(monkeypatch, tmp_path, variable) -> None:
+    monkeypatch.delenv("R3D_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, "~/x")
+    assert tuning.cache_path().is_relative_to(tmp_path / "x")
+    monkeypatch.setenv(variable, "/a~/x")
+    assert tuning.cache_path().is_relative_to("/a~/x")
