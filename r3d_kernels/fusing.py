@@ -362,6 +362,7 @@ class _Watch:
         if self._is_user(frame):
             self._method(frame)
             self._nested.update(c for c in frame.f_code.co_consts if isinstance(c, types.CodeType))
+            frame.f_trace = self._instruction  # first, or Python 3.13 would not tell of instructions
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return self._instruction
         module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
