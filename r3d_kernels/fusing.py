@@ -312,7 +312,7 @@ class _Watch:
         self.reads: dict[tuple[int, str], _Read] = {}
         self.flags: dict[int, dict[str, Any]] = {}  # modules whose training flag was read
         self._thread = threading.get_ident()
-        self._user: dict[types.CodeType, bool] = {}
+        self._known: dict[types.CodeType, tuple[str, bool]] = {}
         self._nested: set[types.CodeType] = set()  # functions that were made in the forward
         self._mode = _Operators(self.refuse)
 
@@ -321,7 +321,7 @@ class _Watch:
 
         def read(self: nn.Module, name: str) -> Any:
             value = object.__getattribute__(self, name)
-            if threading.get_ident() == watch._thread:
+            if name not in _INTERNAL and threading.get_ident() == watch._thread:
                 watch._attribute(self, name, value, sys._getframe(1))
             return value
 
@@ -348,29 +348,31 @@ class _Watch:
 
     # ---- code
 
-    def _is_user(self, frame: types.FrameType | None) -> bool:
+    def _module(self, frame: types.FrameType | None) -> tuple[str, bool]:
+        """Whose code it is, and whether that is to be looked at."""
         if frame is None:
-            return False
-        known = self._user.get(frame.f_code)
+            return "", False
+        known = self._known.get(frame.f_code)
         if known is None:
-            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            known = package not in _OPAQUE and not package.startswith("namedtuple_")
-            self._user[frame.f_code] = known
+            name = str(frame.f_globals.get("__name__", ""))
+            package = name.partition(".")[0]
+            known = name, package not in _OPAQUE and not package.startswith("namedtuple_")
+            self._known[frame.f_code] = known
         return known
 
     def _called(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        if self._is_user(frame):
+        module, is_user = self._module(frame)
+        if is_user:
             self._method(frame)
             self._nested.update(c for c in frame.f_code.co_consts if isinstance(c, types.CodeType))
             frame.f_trace = self._instruction  # first, or Python 3.13 would not tell of instructions
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return self._instruction
-        module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
-        caller = "" if frame.f_back is None else str(frame.f_back.f_globals.get("__name__", ""))
-        if _is_in(module, _CONTEXTS) and not _is_in(caller, (*_CONTEXTS, "r3d_kernels")):
+        caller, by_user = self._module(frame.f_back)
+        if by_user and not _is_pure(module, frame.f_code.co_name):
+            self.refuse(_said(module, frame.f_code.co_name))
+        elif _is_in(module, _CONTEXTS) and not _is_in(caller, (*_CONTEXTS, "r3d_kernels")):
             self.refuse(_CONTEXT)  # and not we ourselves: Dynamo wraps the tracer, too
-        elif self._is_user(frame.f_back) and not _is_pure(module, name):
-            self.refuse(_said(module, name))
         return None
 
     def _method(self, frame: types.FrameType) -> None:
@@ -383,7 +385,7 @@ class _Watch:
                     self._keep(vars(base), code.co_name, vars(base)[code.co_name])
 
     def _c_called(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "c_call" and self._is_user(frame):
+        if event == "c_call" and self._module(frame)[1]:
             self._check_c(arg)
 
     def _check_c(self, function: Any) -> None:
@@ -440,14 +442,22 @@ class _Watch:
             if not plain or not hasattr(value, "__dict__") or depth > 3:
                 self.refuse(f"reads {name}, which can change (a {type(value).__name__})")
                 return
-            for key, part in list(vars(value).items()):  # a configuration
-                self._value(vars(value), key, part, depth + 1)
+            own = vars(value)  # of a configuration, whose class may have defaults
+            for key, part in list(own.items()):
+                self._value(own, key, part, depth + 1)
+            for base in type(value).__mro__[:-1]:
+                for key, part in list(vars(base).items()):
+                    if key.startswith("__") or hasattr(type(part), "__get__"):
+                        continue
+                    self._value(vars(base), key, part, depth + 1)
+                    if key not in own:
+                        self._keep(own, key, _MISSING)
 
     def _attribute(self, module: nn.Module, name: str, value: Any, reader: types.FrameType) -> None:
-        if name == "__dict__" and self._is_user(reader):
+        if name == "__dict__" and self._module(reader)[1]:
             self.refuse("reads the __dict__ of a module")
         by = str(reader.f_globals.get("__name__", ""))
-        if name in _INTERNAL or name == "__dict__" or _is_in(by, ("torch.fx",)):
+        if name == "__dict__" or _is_in(by, ("torch.fx",)):
             return
         own = object.__getattribute__(module, "__dict__")
         if name == "training":
@@ -1052,9 +1062,15 @@ def fuse(model: nn.Module) -> nn.Module:
     In place: the model keeps its parameters, names, class hierarchy and hooks, trains as before, and its `state_dict`,
     copies and pickles stay as they were (a pickle needs this package where it is read). Fused where the module that
     holds a convolution is in evaluation mode; layers themselves then fall back to their modules wherever
-    `nn.conv_bn_act` does: where a gradient is needed, a hook listens to a layer, under `torch.export`. A module whose
-    forward depends on values, or keeps something in the module, cannot be traced and stays as it is; flags that a
-    forward looks at count as they are now, so call `fuse` again after changing one. The first result of each module is
+    `nn.conv_bn_act` does: where a gradient is needed, a hook listens to a layer, under `torch.export`. A module's own
+    forward runs where a part of it is in training mode, has hooks or a forward of its own, where torch's global hooks
+    are set, and in forward-mode differentiation.
+
+    Plain values that a forward reads (attributes, configurations, globals) may change: it is traced again then. A
+    forward that depends on values of tensors, keeps something in the module, enters a context manager, or reads
+    anything else that can change (random numbers, the clock, the environment, torch's modes and settings) stays as it
+    is. Variables of a function around a forward count as they are now, and so do functions of torch that somebody
+    replaces: call `fuse` again after changing one. The first result of each module in which nothing is random is
     compared with that of its own forward (not in half precision on a CPU): where they differ it keeps its own.
 
     Args:
@@ -1068,7 +1084,7 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: where there is no Conv3d in it.
 
     Warns:
-        UserWarning: names the convolutions that stay as they are; at a first call the modules that do.
+        UserWarning: names the convolutions that stay as they are, and why; at a later call the modules that do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

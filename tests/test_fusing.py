@@ -6,13 +6,18 @@ import contextlib
 import copy
 import functools
 import gc
+import math
+import operator
 import os
 import pickle
 import random
+import sys
 import time
 import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_keeps_promise
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import r3d_kernels as r3d
 from r3d_kernels import _extension, backends
@@ -664,6 +670,8 @@ SETTING, SETTINGS, THEIRS, SEEN = 1.0, {"scale": 1.0}, [1.0, 2.0], []
 
 
 class Settings:
+    default = 1.0
+
     def __init__(self) -> None:
         self.scale, self.inner = 1.0, types.SimpleNamespace(scale=1.0)
 
@@ -845,7 +853,7 @@ def itself(m: nn.Module) -> nn.Module:
     return m
 
 
-HERE = __import__("sys").modules[__name__]
+HERE = sys.modules[__name__]
 # what a forward reads, and what changes it
 VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Any], None]]] = {
     "attribute": (lambda m, y: y * m.scale, sets(itself, "scale", 3.0)),
@@ -876,6 +884,11 @@ VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Modu
         lambda m, p: p.setitem(m.options, "other", 3.0),
     ),
     "configuration": (lambda m, y: y * m.config.scale, sets(lambda m: m.config, "scale", 3.0)),
+    "configuration's default": (lambda m, y: y * m.config.default, sets(lambda m: m.config, "default", 3.0)),
+    "configuration's class": (
+        lambda m, y: y * m.config.default,
+        lambda m, p: p.setattr(Settings, "default", 3.0),
+    ),
     "nested": (lambda m, y: y * m.config.inner.scale, sets(lambda m: m.config.inner, "scale", 3.0)),
     "dtype": (lambda m, y: y.to(m.dtype), sets(itself, "dtype", torch.float64)),
     "function": (lambda m, y: m.function(y), sets(itself, "function", torch.sigmoid)),
@@ -1056,3 +1069,173 @@ def test_whoever_changes_or_hears_a_part_is_heeded(name, when) -> None:
         r3d.fuse(model)
         assert_keeps_promise(model(X), exact(reference), float32_limit=1e-5)
     assert len({r.layer for r in r3d.explain(model)}) == 3
+
+
+def test_a_forward_whose_values_keep_changing_keeps_its_own() -> None:
+    model = r3d.fuse(made(way(lambda m, y: y * m.scale)))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for i in range(20):
+            model.scale = float(i)
+            torch.testing.assert_close(model(X), exact(model).float(), rtol=1e-4, atol=1e-4)
+    assert ["reads what keeps changing" in str(w.message) for w in said if "fuse:" in str(w.message)] == [
+        True
+    ]
+
+
+def randomly(m: nn.Module, y: Tensor) -> Tensor:
+    return y + torch.randn(y.shape)
+
+
+@pytest.mark.parametrize("body", [randomly, lambda m, y: m.noise(y), lambda m, y: F.dropout3d(y, 0.5, True)])
+def test_random_results_are_not_compared(body) -> None:
+    """Nor do they end the fused way; the first that is not random is."""
+    model = made(way(body))
+    model.noise.train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)
+        results = []
+        for m in (model, r3d.unfuse(copy.deepcopy(model))):
+            for _ in range(2):
+                torch.manual_seed(3)
+                results.append(m(X))
+        for y in results[1:]:
+            torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-4)
+        model.noise.eval()
+        model(X)
+    assert problems(model) == BLOCKS[Plain]
+
+
+def test_what_is_wrong_is_found_out_once_nothing_is_random() -> None:
+    class Asks(AsksForTypes):
+        def __init__(self) -> None:
+            super().__init__(False)
+            self.noise = nn.Dropout3d(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.noise(x))
+
+    model = made(Asks)
+    model.noise.train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)(X)
+        model.noise.eval()
+        with pytest.warns(UserWarning, match="Asks keeps its own forward: its graph computes something else"):
+            assert_keeps_promise(model(X), exact(model))
+
+
+def test_tangents_arrive() -> None:
+    stock = made(Parts)
+    model = r3d.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        model(X)
+    tangents = []
+    for m in (stock, model):
+        with forward_ad.dual_level():
+            y = m(forward_ad.make_dual(X, torch.ones_like(X)))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(tangents[1], tangents[0], rtol=1e-4, atol=1e-4)
+    assert tangents[0].abs().sum() > 0
+
+
+def shortcut(m: nn.Module, y: Tensor) -> Tensor:
+    zeros = m.buffer.expand(1, 2, 1, 1, 1)
+    return torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, 0, 2))], dim=1) + zeros.mean()
+
+
+def listed(m: nn.Module, y: Tensor) -> Tensor:
+    outputs = []
+    for layer in m.layers:
+        outputs.append(layer(outputs[-1] if outputs else y))
+    return torch.cat([o * (i + 1) for i, o in enumerate(outputs)], 1)
+
+
+def named(m: nn.Module, y: Tensor) -> Tensor:
+    for name, child in m.layers.named_children():
+        if isinstance(child, nn.Conv3d) and name.isdigit():
+            y = child(y)
+    return y if len(m.layers) else m.other(y)
+
+
+def excited(m: nn.Module, y: Tensor) -> Tensor:
+    b, c = y.shape[:2]
+    weight = torch.sigmoid(m.linear(F.adaptive_avg_pool3d(y, 1).view(b, c))).view(b, c, 1, 1, 1)
+    return y * weight
+
+
+def resized(m: nn.Module, y: Tensor) -> Tensor:
+    small = F.avg_pool3d(y, (1, 2, 2), ceil_mode=True)
+    up = F.interpolate(small, size=y.shape[2:], mode=m.mode, align_corners=False)
+    return torch.cat((y, up), dim=1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def scripted(m: nn.Module, y: Tensor) -> Tensor:
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return y + 100
+    torch._assert(y.dim() == 5, "five axes")
+    return {"out": y.permute(0, 2, 3, 4, 1)}["out"]
+
+
+def typed(m: nn.Module, y: Tensor) -> Tensor:
+    from collections import OrderedDict
+
+    parts: dict[str, Tensor] = OrderedDict()
+    parts["a"], parts["b"] = y.chunk(2, dim=1)
+    return typing.cast(Tensor, functools.reduce(operator.mul, parts.values())) * math.sqrt(
+        int(np.prod((1, 2)))
+    )
+
+
+def chosen(m: nn.Module, y: Tensor) -> Tensor:
+    act = {"relu": F.relu, "gelu": F.gelu, "silu": nn.functional.silu}[m.mode2]
+    return act(y) * getattr(m, "missing", 1.0) + max(m.sizes) * sum(v for v in m.sizes)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("body", [shortcut, listed, named, excited, resized, scripted, typed, chosen])
+def test_common_forwards_are_fused(body, inner) -> None:
+    class Common(way(body, Single if inner else Plain)):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.GroupNorm(2, 6), nn.Tanh()])
+            self.linear, self.mode, self.mode2 = nn.Linear(6, 6), "trilinear", "gelu"
+            self.register_buffer("buffer", torch.ones(1, 1, 1, 1, 1))
+
+    stock = made(lambda: nn.Sequential(nn.ReLU(), Common()) if inner else Common())
+    model = copy.deepcopy(stock)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)
+        for _ in range(2):
+            torch.testing.assert_close(model(X), stock(X), rtol=1e-4, atol=1e-4)
+    assert len({r.layer for r in r3d.explain(model)}) == 2 - inner
+
+
+def test_a_trace_leaves_nothing_behind() -> None:
+    def tracer(*args: Any) -> None:
+        return None
+
+    before = sys.gettrace(), sys.getprofile()
+    sys.settrace(tracer)
+    sys.setprofile(tracer)
+    try:
+        r3d.fuse(made(Plain))
+        after = sys.gettrace(), sys.getprofile()
+    finally:
+        sys.settrace(before[0])
+        sys.setprofile(before[1])
+    assert after == (tracer, tracer)
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_threads_that_fuse_at_the_same_time() -> None:
+    models = [made(Network) for _ in range(4)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        list(pool.map(r3d.fuse, models))
+    with torch.no_grad():
+        for model in models:
+            model(CLIP)
+            assert len({r.layer for r in r3d.explain(model)}) == 6
