@@ -20,6 +20,7 @@ import copyreg
 import dis
 import enum
 import functools
+import gc
 import inspect
 import math
 import operator
@@ -159,6 +160,25 @@ def _unchanged(reads: list[_Read]) -> bool:
     return True
 
 
+class _Variable(Mapping[str, Any]):
+    """That of a function, by its name."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._cell.cell_contents
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cell.cell_contents
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
 _OPAQUE = {*sys.stdlib_module_names, "torch", "functorch", "numpy", "r3d_kernels"} - {"__main__"}
 # What a forward may call there: it depends on its arguments alone, and torch's operators become nodes of the graph.
 _PURE = (
@@ -230,6 +250,7 @@ _CONTEXTS = (
     "torch._dynamo",
     "torch.utils.checkpoint",
 )
+_WRAPPERS = (fx._symbolic_trace.__name__,)  # where `torch.fx.wrap` comes from
 _CONTEXT = "enters a context manager"
 
 
@@ -268,6 +289,8 @@ def _marks(code: types.CodeType) -> dict[int, tuple[str, str, tuple[str, ...]]]:
                     break
                 path.append(following.argval)
             mark = ("global", name, tuple(path))
+        elif what in ("LOAD_ATTR", "LOAD_DEREF") and name == "__class__":
+            mark = ("class", name, ())
         elif what in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             mark = ("store", name, ())
         elif what in ("LOAD_DEREF", "STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
@@ -312,6 +335,7 @@ class _Watch:
         self.reads: dict[tuple[int, str], _Read] = {}
         self.flags: dict[int, dict[str, Any]] = {}  # modules whose training flag was read
         self._thread = threading.get_ident()
+        self._variables: dict[int, _Variable] = {}
         self._known: dict[types.CodeType, tuple[str, bool]] = {}
         self._nested: set[types.CodeType] = set()  # functions that were made in the forward
         self._mode = _Operators(self.refuse)
@@ -415,10 +439,14 @@ class _Watch:
                 self.refuse(_CONTEXT)
             elif what == "global":
                 self._global(frame.f_globals, name, path)
+                if name == "type":
+                    self._class_attributes(frame)
+            elif what == "class":
+                self._class_attributes(frame)
             elif what == "store":
                 self.refuse(f"changes the global {name}")
-            elif frame.f_code not in self._nested and name != "__class__":
-                self._free(what, name, frame.f_locals.get(name))
+            elif frame.f_code not in self._nested:
+                self._free(what, name, frame)
         return self._instruction
 
     # ---- values
@@ -498,6 +526,8 @@ class _Watch:
             name = attribute
         if isinstance(value, (types.ModuleType, type)):
             return
+        if isinstance(value, types.FunctionType) and value.__globals__.get("__name__") in _WRAPPERS:
+            value = getattr(value, "__wrapped__", value)  # while fx traces: the graph calls it
         if isinstance(value, types.BuiltinFunctionType):
             self._check_c(value)  # whoever calls it: `map` and `functools.partial` are C too
         if callable(value) and not isinstance(
@@ -512,15 +542,30 @@ class _Watch:
             return  # torch's, numpy's
         self._value(where, name, value)
 
-    def _free(self, what: str, name: str, value: Any) -> None:
+    def _class_attributes(self, frame: types.FrameType) -> None:
+        """Of a method that asks for its class: whatever it may look up there."""
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(module, nn.Module):
+            for name in code.co_names:
+                if name not in _INTERNAL:
+                    self.of_class(_original(type(module)), name)
+
+    def _free(self, what: str, name: str, frame: types.FrameType) -> None:
         """A variable of a function around the forward."""
+        value = frame.f_locals.get(name)
         if what == "store free":
             self.refuse(f"changes {name} outside of itself")
             return
-        if isinstance(value, (Tensor, fx.Proxy)):
-            return
-        if not isinstance(value, (_CONSTANT, tuple)):
-            self.refuse(f"reads {name}, which can change (a {type(value).__name__})")
+        if isinstance(value, (types.ModuleType, types.FunctionType, type, nn.Module, Tensor, fx.Proxy)):
+            return  # a decorator's, mostly
+        code = frame.f_code
+        for function in gc.get_referrers(code):
+            if isinstance(function, types.FunctionType) and function.__closure__ is not None:
+                cell = function.__closure__[code.co_freevars.index(name)]
+                if cell.cell_contents is value:
+                    variable = self._variables.setdefault(id(cell), _Variable(cell))
+                    self._value(variable, name, value)
 
 
 # ---------------------------------------------------------------------------------------------------------- tracing
@@ -1069,8 +1114,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Plain values that a forward reads (attributes, configurations, globals) may change: it is traced again then. A
     forward that depends on values of tensors, keeps something in the module, enters a context manager, or reads
     anything else that can change (random numbers, the clock, the environment, torch's modes and settings) stays as it
-    is. Variables of a function around a forward count as they are now, and so do functions of torch that somebody
-    replaces: call `fuse` again after changing one. The first result of each module in which nothing is random is
+    is. Default arguments count as they are now, and so do functions of torch that somebody replaces: call `fuse` again
+    after changing one. The first result of each module in which nothing is random is
     compared with that of its own forward (not in half precision on a CPU): where they differ it keeps its own.
 
     Args:

@@ -853,6 +853,21 @@ def itself(m: nn.Module) -> nn.Module:
     return m
 
 
+def closure(value: float) -> tuple[Any, Any]:
+    settings = {"scale": value}
+
+    def change(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+        nonlocal value
+        value = settings["scale"] = 3.0
+        return put_back
+
+    def put_back() -> None:
+        nonlocal value
+        value = settings["scale"] = 1.0
+
+    return lambda m, y: y * value * settings["scale"], change
+
+
 HERE = sys.modules[__name__]
 # what a forward reads, and what changes it
 VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Any], None]]] = {
@@ -901,6 +916,15 @@ VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Modu
         lambda m, y: y * CONFIGURATION.scale,
         lambda m, p: p.setattr(CONFIGURATION, "scale", 3.0),
     ),
+    "variable of a function": closure(1.0),
+    "of type(self)": (
+        lambda m, y: y * type(m).factor,
+        lambda m, p: p.setattr(owner(m, "factor"), "factor", 3.0),
+    ),
+    "of __class__": (
+        lambda m, y: y * m.__class__.factor,
+        lambda m, p: p.setattr(owner(m, "factor"), "factor", 3.0),
+    ),
     "class": (lambda m, y: y * Scales.scale, lambda m, p: p.setattr(Scales, "scale", 3.0)),
     "of a part": (lambda m, y: y * m.noise.p, sets(lambda m: m.noise, "p", 0.25)),
     "of a convolution": (lambda m, y: y * m.conv1.groups, replaces_a_convolution),
@@ -909,6 +933,10 @@ VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Modu
         lambda m, p: p.setattr(m.inner, "training", True),
     ),
 }
+
+
+def owner(module: nn.Module, name: str) -> type:
+    return next(c for c in type(module).__mro__ if name in vars(c))
 
 
 class Scales:
@@ -1188,13 +1216,24 @@ def typed(m: nn.Module, y: Tensor) -> Tensor:
     )
 
 
+@torch.fx.wrap
+def untraceable(y: Tensor) -> Tensor:
+    return y + 1 if y.sum() > 0 else y - 1
+
+
+def wrapped(m: nn.Module, y: Tensor) -> Tensor:
+    return untraceable(y)
+
+
 def chosen(m: nn.Module, y: Tensor) -> Tensor:
     act = {"relu": F.relu, "gelu": F.gelu, "silu": nn.functional.silu}[m.mode2]
     return act(y) * getattr(m, "missing", 1.0) + max(m.sizes) * sum(v for v in m.sizes)
 
 
 @pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("body", [shortcut, listed, named, excited, resized, scripted, typed, chosen])
+@pytest.mark.parametrize(
+    "body", [shortcut, listed, named, excited, resized, scripted, typed, wrapped, chosen]
+)
 def test_common_forwards_are_fused(body, inner) -> None:
     class Common(way(body, Single if inner else Plain)):
         def __init__(self) -> None:
