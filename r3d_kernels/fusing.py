@@ -5,25 +5,42 @@ norms, additions, ReLUs and max-pools becomes calls of `nn.conv_bn_act`. The mod
 methods and hooks; its class becomes a subclass of itself that runs the traced graph in evaluation mode, and the
 module's own forward in every other case. Modules that cannot be traced (their forward branches on data) stay as they
 are; those inside them are fused on their own.
+
+A graph is what a forward did once. So the trace is watched: plain values that the forward read (attributes of modules,
+globals, configurations) are compared at every call and the graph is made again where one has changed; a forward that
+reads or does what cannot be compared (random numbers, the clock, torch's modes, context managers) is refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import collections
 import copyreg
+import dis
+import enum
 import functools
+import gc
 import inspect
 import math
 import operator
+import random
+import re
+import sys
+import threading
+import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _hooks_of_all
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from r3d_kernels import backends
 from r3d_kernels.nn import conv_bn_act, has_hooks, observed_by
@@ -86,11 +103,481 @@ def max_pool(x: Tensor, pool: nn.MaxPool3d) -> Tensor:
     return _max_pool3d(x, pool) if type(x) in TENSORS and x.dim() == 5 else pool(x)
 
 
+# --------------------------------------------------------------------------------------------- what a trace depends on
+
+_MISSING = object()
+_Read = tuple[Mapping[str, Any], str, Any]  # where a value was read, by which name, and what it was
+
+
+class _CanChangeError(Exception):
+    """A value that cannot be compared with what it was."""
+
+
+_CONSTANT = (
+    *(
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type(None),
+        type(...),
+        range,
+        slice,
+        re.Pattern,
+        enum.Enum,
+        type,
+    ),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, nn.Module),
+    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+)
+
+
+def _snapshot(value: Any) -> Any:
+    """What a value is compared with later: itself where it never changes, a copy of a container."""
+    if isinstance(value, tuple):
+        parts = [_snapshot(v) for v in value]
+        return tuple(parts) if type(value) is tuple else value
+    if isinstance(value, _CONSTANT) or type(value).__module__ in ("typing", "torch._ops"):
+        return value
+    if type(value) is list:
+        return [_snapshot(v) for v in value]
+    if type(value) in (dict, collections.OrderedDict, collections.defaultdict):
+        copied = value.copy()
+        copied.update((k, _snapshot(v)) for k, v in value.items())
+        return copied
+    if type(value) in (set, frozenset) and all(isinstance(v, _CONSTANT) for v in value):
+        return value.copy()
+    raise _CanChangeError
+
+
+def _unchanged(reads: list[_Read]) -> bool:
+    for where, name, was in reads:  # a loop, not all(): this runs at every call
+        now = where.get(name, _MISSING)
+        if now is not was and (type(now) is not type(was) or now != was):
+            return False
+    return True
+
+
+class _Variable(Mapping[str, Any]):
+    """That of a function, by its name."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._cell.cell_contents
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cell.cell_contents
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+_OPAQUE = {*sys.stdlib_module_names, "torch", "functorch", "numpy", "r3d_kernels"} - {"__main__"}
+# What a forward may call there: it depends on its arguments alone, and torch's operators become nodes of the graph.
+_PURE = (
+    *(
+        "torch.fx",
+        "torch.nn.functional",
+        "torch.nn.modules",
+        "torch.nn.parameter",
+        "torch.functional",
+        "torch._tensor",
+    ),
+    *(
+        "torch.overrides",
+        "torch._VF",
+        "torch._ops",
+        "torch.jit",
+        "torch._jit_internal",
+        "torch.onnx",
+        "r3d_kernels",
+    ),
+    *(
+        "typing",
+        "functools",
+        "operator",
+        "collections",
+        "_collections_abc",
+        "abc",
+        "enum",
+        "dataclasses",
+        "types",
+    ),
+    *(
+        "copy",
+        "itertools",
+        "math",
+        "_operator",
+        "_functools",
+        "numbers",
+        "re",
+        "inspect",
+        "importlib",
+        "numpy",
+    ),
+)
+_PURE_BUILTINS = (
+    set(dir(builtins))
+    - {
+        "__import__",
+        "breakpoint",
+        "compile",
+        "delattr",
+        "dir",
+        "eval",
+        "exec",
+        "exit",
+        "globals",
+        "help",
+        "id",
+    }
+    - {"input", "locals", "memoryview", "open", "print", "quit", "vars"}
+)
+_PURE_FUNCTIONS = {("torch", "_assert"), ("torch", "is_tensor")}
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, Tensor)
+# Whoever calls these, a decorator of torch's too: the graph would not.
+_CONTEXTS = (
+    "torch.utils._contextlib",
+    "torch.autograd.grad_mode",
+    "torch.amp",
+    "torch._dynamo",
+    "torch.utils.checkpoint",
+)
+_WRAPPERS = (fx._symbolic_trace.__name__,)  # where `torch.fx.wrap` comes from
+_CONTEXT = "enters a context manager"
+
+
+def _is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == p or module.startswith(f"{p}.") for p in packages)
+
+
+def _is_pure(module: str, name: str) -> bool:
+    pure = _is_in(module, _PURE) and not _is_in(module, ("numpy.random",))
+    return pure or (module, name) in _PURE_FUNCTIONS
+
+
+def _said(module: str, name: str) -> str:
+    """Of a call that no graph repeats."""
+    if _is_in(module, (*_CONTEXTS, "contextlib")):
+        return _CONTEXT
+    full = f"{module}.{name}"
+    if _is_in(module, ("random", "secrets", "uuid", "numpy.random", "torch.random")):
+        return f"reads random numbers ({full})"
+    return f"calls {full}, which may depend on more than its arguments"
+
+
+@functools.lru_cache(1024)
+def _marks(code: types.CodeType) -> dict[int, tuple[str, str, tuple[str, ...]]]:
+    """Instructions that reach for what is no argument: offset -> what is done to which name, and its attributes."""
+    found: dict[int, tuple[str, str, tuple[str, ...]]] = {}
+    instructions = list(dis.get_instructions(code))
+    for i, instruction in enumerate(instructions):
+        what, name = instruction.opname, instruction.argval
+        path: list[str] = []
+        if what in ("BEFORE_WITH", "BEFORE_ASYNC_WITH", "SETUP_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL"):
+            mark = ("with", "", ())
+        elif what in ("LOAD_GLOBAL", "LOAD_NAME"):
+            for following in instructions[i + 1 :]:
+                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                    break
+                path.append(following.argval)
+            mark = ("global", name, tuple(path))
+        elif what in ("LOAD_ATTR", "LOAD_DEREF") and name == "__class__":
+            mark = ("class", name, ())
+        elif what in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            mark = ("store", name, ())
+        elif what in ("LOAD_DEREF", "STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
+            mark = ("free" if what == "LOAD_DEREF" else "store free", name, ())
+        else:
+            continue
+        found[instruction.offset] = mark
+        while i and instructions[i - 1].opname == "EXTENDED_ARG":  # some versions tell its offset only
+            i -= 1
+            found[instructions[i].offset] = mark
+    return found
+
+
+class _Operators(TorchFunctionMode):
+    """Sees torch compute while a forward is traced: with values that are none of its inputs, it would only once."""
+
+    def __init__(self, refuse: Callable[[str], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            name = getattr(func, "__name__", str(func))
+            self._refuse(f"computes with tensors that are not its inputs ({name})")
+        return func(*args, **kwargs)
+
+
+_INTERNAL = {*vars(nn.Module()), "__class__", "__call__"} - {"training"}
+
+
+class _Watch:
+    """What a forward reads and does besides its tensors while it is traced.
+
+    Attributes of modules are seen as they are read, Python's calls and instructions by `sys.settrace`, those into C
+    by `sys.setprofile`, torch's operators by a mode. Code of torch and of the standard library is believed or refused
+    as a whole, everything else is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.refused: str | None = None  # the first reason
+        self.reads: dict[tuple[int, str], _Read] = {}
+        self.flags: dict[int, dict[str, Any]] = {}  # modules whose training flag was read
+        self._thread = threading.get_ident()
+        self._variables: dict[int, _Variable] = {}
+        self._known: dict[types.CodeType, tuple[str, bool]] = {}
+        self._nested: set[types.CodeType] = set()  # functions that were made in the forward
+        self._mode = _Operators(self.refuse)
+
+    def __enter__(self) -> _Watch:
+        watch = self
+
+        def read(self: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(self, name)
+            if name not in _INTERNAL and threading.get_ident() == watch._thread:
+                watch._attribute(self, name, value, sys._getframe(1))
+            return value
+
+        nn.Module.__getattribute__ = read
+        self._mode.__enter__()
+        self._before = sys.gettrace(), sys.getprofile()
+        frame = sys._getframe()
+        frame.f_trace_opcodes = True  # before settrace, or Python 3.12 would not tell of any
+        sys.settrace(self._called)
+        frame.f_trace_opcodes = False
+        sys.setprofile(self._c_called)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(self._before[1])
+        sys.settrace(self._before[0])
+        self._mode.__exit__(None, None, None)
+        del nn.Module.__getattribute__
+        if not _unchanged([*self.reads.values()]):
+            self.refuse("changes what it reads")
+
+    def refuse(self, why: str) -> None:
+        self.refused = self.refused or why
+
+    # ---- code
+
+    def _module(self, frame: types.FrameType | None) -> tuple[str, bool]:
+        """Whose code it is, and whether that is to be looked at."""
+        if frame is None:
+            return "", False
+        known = self._known.get(frame.f_code)
+        if known is None:
+            name = str(frame.f_globals.get("__name__", ""))
+            package = name.partition(".")[0]
+            known = name, package not in _OPAQUE and not package.startswith("namedtuple_")
+            self._known[frame.f_code] = known
+        return known
+
+    def _called(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        module, is_user = self._module(frame)
+        if is_user:
+            self._method(frame)
+            self._nested.update(c for c in frame.f_code.co_consts if isinstance(c, types.CodeType))
+            frame.f_trace = self._instruction  # first, or Python 3.13 would not tell of instructions
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            return self._instruction
+        caller, by_user = self._module(frame.f_back)
+        if by_user and not _is_pure(module, frame.f_code.co_name):
+            self.refuse(_said(module, frame.f_code.co_name))
+        elif _is_in(module, _CONTEXTS) and not _is_in(caller, (*_CONTEXTS, "r3d_kernels")):
+            self.refuse(_CONTEXT)  # and not we ourselves: Dynamo wraps the tracer, too
+        return None
+
+    def _method(self, frame: types.FrameType) -> None:
+        """Notes the method that runs: `super()` finds it where no attribute of the module is read."""
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(module, nn.Module):
+            for base in type(module).__mro__:
+                if getattr(vars(base).get(code.co_name), "__code__", None) is code:
+                    self._keep(vars(base), code.co_name, vars(base)[code.co_name])
+
+    def _c_called(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and self._module(frame)[1]:
+            self._check_c(arg)
+
+    def _check_c(self, function: Any) -> None:
+        """Functions in C: of builtin types, of torch's operators (the mode sees these), or pure ones."""
+        owner, name = getattr(function, "__self__", None), function.__name__
+        module = getattr(function, "__module__", None) or type(owner).__module__
+        if owner is builtins:
+            pure = name in _PURE_BUILTINS
+        elif isinstance(owner, types.ModuleType) or owner is None:
+            # torch itself: operators have no owner, its settings have torch._C
+            operators = owner is None or owner.__name__.startswith("torch._C._")
+            pure = operators if _is_in(module, ("torch",)) else _is_pure(module, name)
+        elif isinstance(owner, type):
+            pure = owner.__module__ in ("builtins", "collections") or issubclass(owner, (tuple, Tensor))
+        else:
+            pure = isinstance(owner, _PLAIN_TYPES)
+            pure |= isinstance(owner, (nn.Module, types.FunctionType, types.GeneratorType))
+            pure |= type(owner).__module__ in ("builtins", "collections", "itertools", "re", "functools")
+        if not pure:
+            self.refuse(_said(str(module), name))
+
+    def _instruction(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        mark = _marks(frame.f_code).get(frame.f_lasti) if event == "opcode" else None
+        if mark is not None:
+            what, name, path = mark
+            if what == "with":
+                self.refuse(_CONTEXT)
+            elif what == "global":
+                self._global(frame.f_globals, name, path)
+                if name == "type":
+                    self._class_attributes(frame)
+            elif what == "class":
+                self._class_attributes(frame)
+            elif what == "store":
+                self.refuse(f"changes the global {name}")
+            elif frame.f_code not in self._nested:
+                self._free(what, name, frame)
+        return self._instruction
+
+    # ---- values
+
+    def _keep(self, where: Mapping[str, Any], name: str, value: Any) -> None:
+        self.reads.setdefault((id(where), name), (where, name, value))
+
+    def _value(self, where: Mapping[str, Any], name: str, value: Any, depth: int = 0) -> None:
+        if isinstance(value, (Tensor, fx.Proxy)):
+            return  # an argument of nodes, which look it up at each call
+        if isinstance(value, functools.partial) and isinstance(value.func, types.BuiltinFunctionType):
+            self._check_c(value.func)  # called from C, where no profiler looks
+        try:
+            self._keep(where, name, _snapshot(value))
+        except _CanChangeError:
+            self._keep(where, name, value)
+            theirs = type(value).__module__.partition(".")[0] not in _OPAQUE and not isinstance(
+                value, (dict, list, set)
+            )
+            plain = theirs or type(value) in (types.SimpleNamespace, argparse.Namespace)
+            if not plain or not hasattr(value, "__dict__") or depth > 3:
+                self.refuse(f"reads {name}, which can change (a {type(value).__name__})")
+                return
+            own = vars(value)  # of a configuration, whose class may have defaults
+            for key, part in list(own.items()):
+                self._value(own, key, part, depth + 1)
+            for base in type(value).__mro__[:-1]:
+                for key, part in list(vars(base).items()):
+                    if key.startswith("__") or hasattr(type(part), "__get__"):
+                        continue
+                    self._value(vars(base), key, part, depth + 1)
+                    if key not in own:
+                        self._keep(own, key, _MISSING)
+
+    def _attribute(self, module: nn.Module, name: str, value: Any, reader: types.FrameType) -> None:
+        if name == "__dict__" and self._module(reader)[1]:
+            self.refuse("reads the __dict__ of a module")
+        by = str(reader.f_globals.get("__name__", ""))
+        if name == "__dict__" or _is_in(by, ("torch.fx",)):
+            return
+        own = object.__getattribute__(module, "__dict__")
+        if name == "training":
+            self.flags[id(own)] = own
+        elif name in own:
+            self._value(own, name, value)
+        elif self.of_class(_original(type(module)), name) or not _is_in(by, ("torch", "r3d_kernels")):
+            self._keep(own, name, _MISSING)
+
+    def of_class(self, cls: type, name: str) -> bool:
+        """Notes an attribute that comes from a class; whether it is none of torch's."""
+        for base in cls.__mro__:
+            if name in vars(base):
+                raw = vars(base)[name]
+                if _is_in(base.__module__, ("torch", "builtins")):
+                    return False
+                plain = isinstance(raw, (staticmethod, classmethod)) or hasattr(type(raw), "__get__")
+                (self._keep if plain else self._value)(vars(base), name, raw)
+                return True
+        return False
+
+    def _global(self, names: dict[str, Any], name: str, path: tuple[str, ...]) -> None:
+        if name not in names:
+            return  # a builtin
+        where: Mapping[str, Any] = names
+        value, full = names[name], name
+        for attribute in path:
+            if isinstance(value, type) and not _is_in(value.__module__, tuple(_OPAQUE)):
+                self.of_class(value, attribute)
+                return
+            if not isinstance(value, types.ModuleType) or value is torch.ops:
+                break
+            where, full = vars(value), f"{full}.{attribute}"
+            value, owner = getattr(value, attribute, None), value
+            if attribute not in where and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+                self.refuse(f"reads {owner.__name__}.{attribute}")  # a setting that is computed
+                return
+            name = attribute
+        if isinstance(value, (types.ModuleType, type)):
+            return
+        if isinstance(value, types.FunctionType) and value.__globals__.get("__name__") in _WRAPPERS:
+            value = getattr(value, "__wrapped__", value)  # while fx traces: the graph calls it
+        if isinstance(value, types.BuiltinFunctionType):
+            self._check_c(value)  # whoever calls it: `map` and `functools.partial` are C too
+        if callable(value) and not isinstance(
+            value, (types.FunctionType, types.BuiltinFunctionType, nn.Module)
+        ):
+            module = str(getattr(value, "__module__", ""))
+            if _is_in(module, ("numpy.random",)) or ".random." in f"{full}.":
+                self.refuse(
+                    f"reads random numbers ({full})"
+                )  # compiled by Cython: no profiler sees its calls
+        if callable(value) and str(where.get("__name__")).partition(".")[0] in _OPAQUE:
+            return  # torch's, numpy's
+        self._value(where, name, value)
+
+    def _class_attributes(self, frame: types.FrameType) -> None:
+        """Of a method that asks for its class: whatever it may look up there."""
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(module, nn.Module):
+            for name in code.co_names:
+                if name not in _INTERNAL:
+                    self.of_class(_original(type(module)), name)
+
+    def _free(self, what: str, name: str, frame: types.FrameType) -> None:
+        """A variable of a function around the forward."""
+        value = frame.f_locals.get(name)
+        if what == "store free":
+            self.refuse(f"changes {name} outside of itself")
+            return
+        if isinstance(value, (types.ModuleType, types.FunctionType, type, nn.Module, Tensor, fx.Proxy)):
+            return  # a decorator's, mostly
+        code = frame.f_code
+        for function in gc.get_referrers(code):
+            if isinstance(function, types.FunctionType) and function.__closure__ is not None:
+                cell = function.__closure__[code.co_freevars.index(name)]
+                if cell.cell_contents is value:
+                    variable = self._variables.setdefault(id(cell), _Variable(cell))
+                    self._value(variable, name, value)
+
+
 # ---------------------------------------------------------------------------------------------------------- tracing
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.Conv3d)]
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether somebody has put another forward on this one module."""
+    return "forward" in module.__dict__
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -130,7 +617,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         wrapper = self.inlines and not _is_library(m) and len(_convolutions(m)) == 1
-        return not (_is_container(m) or wrapper) or _is_ours(m) or isinstance(m, _NEVER_TRACED)
+        leaf = _is_replaced(m) or _is_ours(m) or isinstance(m, _NEVER_TRACED)
+        return leaf or not (_is_container(m) or wrapper)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         name = self.path_of_module(m)
@@ -172,29 +660,56 @@ class _Attributes:
         return changed
 
 
-def _traced(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
-    """The graph of the module's forward in evaluation, and the modules that are part of it and not called, or None."""
-    cls, training = type(module), [m for m in module.modules() if m.training]
+class _Trace(NamedTuple):
+    graph: fx.Graph
+    inlined: list[nn.Module]  # modules that are part of it and not called
+    reads: list[_Read]
+    flags: list[dict[str, Any]]  # of modules whose training flag was read
+
+
+_tracing = threading.RLock()  # fx, and the watch, patch torch while they trace
+
+
+def _traced(module: nn.Module) -> _Trace | str:
+    """The graph of the module's forward in evaluation, or why there is none."""
+    with _tracing:
+        cls, training = type(module), [m for m in module.modules() if m.training]
+        try:
+            for m in training:
+                m.training = False  # train() may do more
+            module.__class__ = _original(cls)  # whose signature is its own
+            if not _takes_tensors_only(module):
+                return "its forward takes more than tensors"
+            found: _Trace | str = ""
+            for inlines in (True, False):
+                found = _trace_once(module, inlines)
+                if not isinstance(found, str):
+                    break
+            return found
+        finally:
+            module.__class__ = cls
+            for m in training:
+                m.training = True
+
+
+def _trace_once(module: nn.Module, inlines: bool) -> _Trace | str:
+    tracer, attributes, watch = _Tracer(inlines), _Attributes(module), _Watch()
+    failed = graph = None
     try:
-        for m in training:
-            m.training = False  # train() may do more
-        module.__class__ = _original(cls)  # whose signature is its own
-        if not _takes_tensors_only(module):
-            return None
-        for inlines in (True, False):
-            tracer, attributes = _Tracer(inlines), _Attributes(module)
-            try:
-                with torch.no_grad():
-                    graph = tracer.trace(module)
-            except Exception:  # whatever a forward does with values that are none
-                graph = None
-            if not attributes.put_back() and graph is not None:
-                return graph, tracer.inlined
-        return None
-    finally:
-        module.__class__ = cls
-        for m in training:
-            m.training = True
+        with torch.no_grad(), watch:
+            watch.of_class(type(module), "forward")  # fx reads it where nobody watches
+            graph = tracer.trace(module)
+    except Exception as e:  # whatever a forward does with values that are none
+        failed = f"its forward cannot be traced: {type(e).__name__}"
+    changed = attributes.put_back()
+    if watch.refused:
+        return f"its forward {watch.refused}"
+    if changed:
+        return "its forward keeps something in the module"
+    if graph is None:
+        return failed or ""
+    flags = {**watch.flags, **{id(vars(m)): vars(m) for m in tracer.inlined}}
+    return _Trace(graph, tracer.inlined, [*watch.reads.values()], [*flags.values()])
 
 
 _IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in _ASSIGNMENTS)}
@@ -208,11 +723,14 @@ class _Matcher:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.absorbed = list(inlined)  # not called any more: their hooks would not be either
         self.convolutions: list[nn.Module] = []
+        self.called: list[nn.Module] = []  # by `layer` and `max_pool`, which look at their hooks
         self.changes = 0
 
     def module_of(self, node: Any) -> nn.Module | None:
+        """Of a call that does what the module's class says."""
         known = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.modules.get(str(node.target)) if known else None
+        module = self.modules.get(str(node.target)) if known else None
+        return None if module is None or _is_replaced(module) else module
 
     # ---- what a node does
 
@@ -240,7 +758,7 @@ class _Matcher:
 
     def is_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return bool(getattr(self.module_of(node), "inplace", False))
+            return bool(getattr(self.modules.get(str(node.target)), "inplace", False))
         if node.op == "call_method":
             name = str(node.target)
             return name.endswith("_") and not name.endswith("__")
@@ -280,6 +798,7 @@ class _Matcher:
                 self.graph.erase_node(node)
 
     def _module(self, node: fx.Node) -> fx.Node:
+        self.called.append(self.modules[str(node.target)])
         return self.graph.create_node("get_attr", node.target)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
@@ -345,17 +864,35 @@ class _Matcher:
 _left_alone: ContextVar[frozenset[int]] = ContextVar("r3d_kernels_left_alone", default=frozenset())
 
 
+_MOST_TRACES = 8  # of a module whose values keep changing: a trace takes as long as many calls
+
+
+def _global_hooks() -> bool:
+    h = _hooks_of_all
+    return bool(
+        h._global_forward_hooks
+        or h._global_forward_pre_hooks
+        or h._global_backward_hooks
+        or h._global_backward_pre_hooks
+    )
+
+
 class _Plan:
     """What a module's forward has become. Copies and pickles of it are empty: it is made again where it is needed."""
 
     def __init__(self) -> None:
         self.run: Callable[..., Any] | None = None
+        self.why: str | None = None  # there is no `run`
         self.convolutions: list[nn.Module] = []
         self._absorbed: list[nn.Module] = []
         self._inlined: list[nn.Module] = []
         self._compared = False  # with the module's own forward
+        self._traces = 0
         # the parts of the module, and of what is part of its graph, as they were
         self._parts: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] | None = None
+        self._reads: list[_Read] = []
+        self._flags: list[dict[str, Any]] = []  # of modules that have to be in evaluation mode
+        self._owns: list[dict[str, Any]] = []  # of modules that are not called, or by `layer`
 
     def __deepcopy__(self, memo: object) -> _Plan:
         return _Plan()
@@ -367,23 +904,33 @@ class _Plan:
         return _Plan, ()
 
     def current(self) -> bool:
-        """Whether it was made, and of the modules that are there now."""
-        return self._parts is not None and all([*now.values()] == were for now, were in self._parts)
+        """Whether it was made, of the modules that are there now, and of the values that the forward would read."""
+        parts = self._parts
+        return (
+            parts is not None
+            and all([*now.values()] == were for now, were in parts)
+            and _unchanged(self._reads)
+        )
 
     def make(self, module: nn.Module) -> None:
-        self.run, self._compared, inlined = None, False, []
-        traced = _traced(module)
-        if traced is not None:
-            graph, inlined = traced
-            matcher = _Matcher(module, graph, inlined)
+        self.run, self.why, self._compared = None, None, False
+        self._inlined, self._reads, self._flags, self._owns = [], [], [], []
+        traced = _traced(module) if self._traces < _MOST_TRACES else "its forward reads what keeps changing"
+        self._traces += 1
+        if isinstance(traced, str):
+            self.why = traced
+        else:
+            matcher = _Matcher(module, traced.graph, traced.inlined)
             if matcher.run():
-                code = graph.python_code("self")
+                code = traced.graph.python_code("self")
                 names: dict[str, Any] = {"__builtins__": builtins, **code.globals}
                 exec(compile(code.src, f"<{type(module).__name__}, fused>", "exec"), names)
                 self._absorbed, self.convolutions = matcher.absorbed, matcher.convolutions
+                self._reads, self._flags = traced.reads, traced.flags
+                self._owns = [*{id(m): vars(m) for m in (*matcher.absorbed, *matcher.called)}.values()]
                 self.run = names["forward"]
-        self._inlined = inlined
-        self._parts = [(m._modules, [*m._modules.values()]) for m in (module, *inlined)]
+            self._inlined = traced.inlined
+        self._parts = [(m._modules, [*m._modules.values()]) for m in (module, *self._inlined)]
 
     def runs(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether this call takes the fused way."""
@@ -394,11 +941,35 @@ class _Plan:
             return False
         if not is_plain(*args):  # fx, export, vmap, tensors of other kinds
             return False
+        if (
+            forward_ad._current_level >= 0 or _global_hooks()
+        ):  # tangents, and those who listen to every module
+            return False
         if not self.current():
             if torch.compiler.is_compiling():
                 return False
+            fused = self.run is not None
             self.make(module)
-        return self.run is not None and not any(map(has_hooks, self._absorbed))
+            if fused and self.why is not None:
+                self._say(module, self.why, 5)
+        if self.run is None:
+            return False
+        for own in self._flags:
+            if own["training"]:
+                return False
+        for own in self._owns:
+            if (
+                "forward" in own
+                or "_conv_forward" in own
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return False
+        return "forward" not in module.__dict__ and not any(map(has_hooks, self._absorbed))
+
+    @staticmethod
+    def _say(module: nn.Module, why: str, level: int) -> None:
+        warnings.warn(f"fuse: a {type(module).__name__} keeps its own forward: {why}", stacklevel=level + 1)
 
     def __call__(self, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The module's result; the first one is compared with that of its `own` forward.
@@ -407,12 +978,13 @@ class _Plan:
         """
         if self._compared or torch.compiler.is_compiling() or backends.capturing(args[0].device):
             return self.run(module, *args)
-        # Torch's half precision on a CPU is wrong or worse for some shapes, and hooks would see two calls.
+        # Torch's half precision on a CPU is wrong or worse for some shapes, and whoever listens would see two calls.
         half = args[0].is_cpu and (
             args[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
         )
-        compares = not half and not any(map(has_hooks, module.modules()))
+        compares = not half and not any(has_hooks(m) or _is_replaced(m) for m in module.modules())
         given = [a.clone() for a in args] if compares else args  # a forward may write to what it gets
+        randomness = _Randomness(args[0]) if compares else None
         try:
             y = self.run(module, *args)
         except Exception as e:
@@ -421,28 +993,45 @@ class _Plan:
             )  # fails as well where the input is wrong, which tells nothing of the graph
             why = f"its graph fails: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         else:
-            if not compares:
-                return y
-            # without what is part of the graph and fused on its own too
-            token = _left_alone.set(_left_alone.get() | {id(m) for m in self._inlined})
-            try:
-                with observed_by(None):
-                    want = own(module, *given)
-            finally:
-                _left_alone.reset(token)
+            if randomness is None or randomness.used():
+                return y  # something random is on: two results have nothing to do with each other, later ones may
+            want = self._own_result(module, own, given)
             if _close(y, want):
                 self._compared = True
                 return y
+            if not _close(self._own_result(module, own, given), want, 1e-3):
+                return y  # nor are two of its own equal
             why = "its graph computes something else"
-        self.run = None
-        warnings.warn(
-            f"fuse: a {type(module).__name__} keeps its own forward, which cannot be traced: {why}",
-            stacklevel=4,
-        )
+        self.run, self.why = None, why
+        self._reads = []  # it would be made again
+        self._say(module, why, 4)
         return want
 
+    def _own_result(self, module: nn.Module, own: Callable[..., Any], given: Any) -> Any:
+        """Of the module's own forward, without what is part of the graph and fused on its own too."""
+        token = _left_alone.set(_left_alone.get() | {id(m) for m in self._inlined})
+        try:
+            with observed_by(None):
+                return own(module, *given)
+        finally:
+            _left_alone.reset(token)
 
-def _close(y: Any, want: Any) -> bool:
+
+class _Randomness:
+    """The generators that random operators on x's device, and Python, take their numbers from."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._generator = (
+            torch.cuda.default_generators[x.get_device()] if x.is_cuda else torch.default_generator
+        )
+        self._was = self._generator.get_state(), random.getstate()
+
+    def used(self) -> bool:
+        return not torch.equal(self._generator.get_state(), self._was[0]) or random.getstate() != self._was[1]
+
+
+@torch.no_grad()
+def _close(y: Any, want: Any, limit: float = 0.05) -> bool:
     """Whether two results are of one kind and as far apart as rounding may bring them."""
     (ours, kind), (theirs, its) = tree_flatten(y), tree_flatten(want)
     if kind != its:
@@ -455,7 +1044,7 @@ def _close(y: Any, want: Any) -> bool:
             return False
         else:
             distance, size = float((a.double() - b.double()).norm()), float(b.double().norm())
-            if math.isfinite(size) and not distance <= 0.05 * size + 1e-6:
+            if math.isfinite(size) and not distance <= limit * size + 1e-6:
                 return False
     return True
 
@@ -505,9 +1094,8 @@ def _candidates(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that are to be traced."""
     if _is_ours(model) or isinstance(model, _NEVER_TRACED):
         return
-    replaced = "forward" in model.__dict__  # by somebody else
     worth_it = any(isinstance(m, (nn.Conv3d, nn.MaxPool3d)) for m in model.modules())
-    if worth_it and not replaced and not _is_library(model):
+    if worth_it and not _is_replaced(model) and not _is_library(model):
         yield model
     for child in model.children():
         yield from _candidates(child)
@@ -519,9 +1107,15 @@ def fuse(model: nn.Module) -> nn.Module:
     In place: the model keeps its parameters, names, class hierarchy and hooks, trains as before, and its `state_dict`,
     copies and pickles stay as they were (a pickle needs this package where it is read). Fused where the module that
     holds a convolution is in evaluation mode; layers themselves then fall back to their modules wherever
-    `nn.conv_bn_act` does: where a gradient is needed, a hook listens to a layer, under `torch.export`. A module whose
-    forward depends on values, or keeps something in the module, cannot be traced and stays as it is; flags that a
-    forward looks at count as they are now, so call `fuse` again after changing one. The first result of each module is
+    `nn.conv_bn_act` does: where a gradient is needed, a hook listens to a layer, under `torch.export`. A module's own
+    forward runs where a part of it is in training mode, has hooks or a forward of its own, where torch's global hooks
+    are set, and in forward-mode differentiation.
+
+    Plain values that a forward reads (attributes, configurations, globals) may change: it is traced again then. A
+    forward that depends on values of tensors, keeps something in the module, enters a context manager, or reads
+    anything else that can change (random numbers, the clock, the environment, torch's modes and settings) stays as it
+    is. Default arguments count as they are now, and so do functions of torch that somebody replaces: call `fuse` again
+    after changing one. The first result of each module in which nothing is random is
     compared with that of its own forward (not in half precision on a CPU): where they differ it keeps its own.
 
     Args:
@@ -535,7 +1129,7 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: where there is no Conv3d in it.
 
     Warns:
-        UserWarning: names the convolutions that stay as they are; at a first call the modules that do.
+        UserWarning: names the convolutions that stay as they are, and why; at a later call the modules that do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -546,20 +1140,24 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in filter(_is_ours, model.modules()):
         module.fused = True
         done.update(map(id, _convolutions(module)))
+    reasons: dict[int, str] = {}  # of convolutions, by the innermost module that says one
     for module in list(_candidates(model)):
         plan = _Plan()
         plan.make(module)
+        if plan.why:
+            reasons.update((id(m), plan.why) for m in _convolutions(module))
         if plan.run is None:
             continue
         done.update(map(id, plan.convolutions))
         module.__dict__[_PLAN] = plan
         module.__class__ = _fused_class(_original(type(module)))
-    left = [name for i, name in everything.items() if i not in done]
+    left = {name: reasons.get(i) for i, name in everything.items() if i not in done}
     if left:
-        some = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        some = [f"{name} ({why})" if why else name for name, why in left.items()]
         warnings.warn(
             f"fuse: {len(left)} of {len(everything)} convolutions stay as they are, because the forward that calls "
-            f"them cannot be traced, or is not called as part of a module: {some}",
+            f"them cannot be traced, or is not called as part of a module: "
+            f"{', '.join(some[:5])}{', ...' if len(some) > 5 else ''}",
             stacklevel=2,
         )
     return model

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import gc
+import math
+import operator
+import os
 import pickle
+import random
+import sys
+import time
+import types
+import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_keeps_promise
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import r3d_kernels as r3d
 from r3d_kernels import _extension, backends
@@ -646,3 +661,620 @@ def test_backends_are_asked_for_as_elsewhere(network) -> None:
         network(CLIP)
     assert {r.backend for r in r3d.explain(network)} == {"torch"}
     assert backends.current_backend() == "auto"
+
+
+# ------------------------------------------------------------------------------- what a graph would leave as it was
+
+
+SETTING, SETTINGS, THEIRS, SEEN = 1.0, {"scale": 1.0}, [1.0, 2.0], []
+
+
+class Settings:
+    default = 1.0
+
+    def __init__(self) -> None:
+        self.scale, self.inner = 1.0, types.SimpleNamespace(scale=1.0)
+
+
+CONFIGURATION = Settings()
+
+
+def scaled(y: Tensor) -> Tensor:
+    return y * SETTING
+
+
+class Single(nn.Module):
+    """One convolution: part of the graph of whatever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(), nn.BatchNorm3d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+def way(body: Callable[[nn.Module, Tensor], Tensor], base: type[nn.Module] = Plain) -> type[nn.Module]:
+    """A block whose forward does something after its convolutions."""
+
+    class Way(base):
+        flag, factor = False, 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.sizes, self.options = 1.0, [1, 1], {"scale": 1.0}
+            self.config, self.dtype, self.function = Settings(), torch.float32, torch.relu
+            self.noise, self.inner = nn.Dropout3d(0.5), nn.Sequential(nn.Tanh())
+            self.mean = torch.ones(1)
+
+        @property
+        def doubled(self) -> float:
+            return 2 * self.scale
+
+        def helper(self, y: Tensor) -> Tensor:
+            return y * self.scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return body(self, super().forward(x))
+
+    return Way
+
+
+def stacked(m: nn.Module, y: Tensor) -> Tensor:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        return y + 1
+
+
+def within(context: Callable[[], Any]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def body(m: nn.Module, y: Tensor) -> Tensor:
+        with context():
+            return F.conv3d(y, m.conv1.weight) if context is casting else y + 1
+
+    return body
+
+
+def casting() -> Any:
+    return torch.autocast("cpu", enabled=False)
+
+
+@contextlib.contextmanager
+def theirs() -> Iterator[None]:
+    yield
+
+
+@torch.no_grad()
+def decorated(m: nn.Module, y: Tensor) -> Tensor:
+    return y * 2
+
+
+def entered(m: nn.Module, y: Tensor) -> Tensor:
+    torch.set_grad_enabled(torch.is_grad_enabled())
+    return y + 1
+
+
+def by_hand(m: nn.Module, y: Tensor) -> Tensor:
+    context = torch.no_grad()
+    context.__enter__()
+    y = y + 1
+    context.__exit__(None, None, None)
+    return y
+
+
+CONTEXTS = [
+    *(within(c) for c in (casting, torch.no_grad, torch.enable_grad, torch.inference_mode, theirs)),
+    *(stacked, decorated, entered, by_hand),
+    within(lambda: torch.random.fork_rng()),
+    within(lambda: torch.backends.mkldnn.flags(enabled=False)),
+]
+RANDOM = [
+    lambda m, y: y * random.random(),
+    lambda m, y: y if random.randint(0, 1) else y + 1,
+    lambda m, y: y * functools.partial(random.random)(),
+    lambda m, y: y * sum(map(lambda f: f(), [random.random])),  # noqa: C417
+    lambda m, y: y * torch.rand(1),
+    lambda m, y: y * torch.rand(1).item(),
+    lambda m, y: y * float(torch.rand(())),
+    lambda m, y: y if torch.rand(()) > 0.5 else y + 1,
+    lambda m, y: y * np.random.rand(),  # noqa: NPY002
+    lambda m, y: y * float(np.random.default_rng().random()),
+    lambda m, y: y[:, torch.randperm(6)],
+]
+STATE = [
+    lambda m, y: y if torch.is_inference_mode_enabled() else y + 1,
+    lambda m, y: y if torch.is_grad_enabled() else y + 1,
+    lambda m, y: y if torch.is_autocast_enabled("cpu") else y + 1,
+    lambda m, y: y.to(torch.get_default_dtype()),
+    lambda m, y: y if torch.backends.mkldnn.enabled else y + 1,
+    lambda m, y: y if torch.backends.cudnn.deterministic else y + 1,
+    lambda m, y: y if torch.are_deterministic_algorithms_enabled() else y + 1,
+    lambda m, y: y * torch.get_num_threads(),
+    lambda m, y: y if os.environ.get("R3D_NOBODY") else y + 1,
+    lambda m, y: y if "R3D_NOBODY" in os.environ else y + 1,
+    lambda m, y: y if os.getenv("R3D_NOBODY") else y + 1,
+    lambda m, y: y * (time.time() % 7),
+    lambda m, y: y * (time.perf_counter() % 7),
+    lambda m, y: y * vars(m)["scale"],
+    lambda m, y: y * m.__dict__["scale"],
+    lambda m, y: y * float(m.mean),
+    lambda m, y: y if m.mean > 0 else y + 1,
+    lambda m, y: y * globals()["SETTING"],
+    lambda m, y: SEEN.append(1) or y,
+    lambda m, y: print(end="") or y,
+    lambda m, y: y * gc.get_count()[0],
+]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(b, "enters a context manager|calls torch") for b in CONTEXTS]
+    + [(b, "reads random numbers|computes with tensors|calls") for b in RANDOM]
+    + [(b, "reads|calls|changes|computes with tensors") for b in STATE],
+)
+def test_a_forward_that_no_graph_can_follow_is_refused(body, reason, inner) -> None:
+    """Alone, and in a wrapper that would be part of another's graph."""
+    model = made(lambda: nn.Sequential(conv(), nn.ReLU(), way(body, Single)()) if inner else way(body)())
+    SEEN.clear()
+    with pytest.warns(UserWarning, match=rf"convolutions stay.*\(its forward ({reason})"):
+        r3d.fuse(model)
+    SEEN.clear()
+    with torch.no_grad():
+        model(X)
+    assert len(problems(model)) == inner
+    assert len(SEEN) <= 1 + inner, "as often as the forward is called: a first time for the comparison"
+
+
+def sets(where: Callable[[nn.Module], Any], name: str, value: Any) -> Callable[[nn.Module, Any], None]:
+    def change(model: nn.Module, monkeypatch: Any) -> None:
+        monkeypatch.setattr(where(model), name, value)
+
+    return change
+
+
+def puts(where: Callable[[nn.Module], list[Any]]) -> Callable[[nn.Module, Any], Any]:
+    def change(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+        numbers, was = where(model), where(model).copy()
+        numbers[:] = [3 for _ in numbers]
+        return lambda: numbers.__setitem__(slice(None), was)
+
+    return change
+
+
+def replaces_a_convolution(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+    was = model.conv1
+    model.conv1 = nn.Conv3d(6, 6, 3, padding=1, groups=2).eval()
+    nn.init.constant_(model.conv1.weight, 0.1)
+    nn.init.zeros_(model.conv1.bias)
+    return lambda: setattr(model, "conv1", was)
+
+
+def itself(m: nn.Module) -> nn.Module:
+    return m
+
+
+def closure(value: float) -> tuple[Any, Any]:
+    settings = {"scale": value}
+
+    def change(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+        nonlocal value
+        value = settings["scale"] = 3.0
+        return put_back
+
+    def put_back() -> None:
+        nonlocal value
+        value = settings["scale"] = 1.0
+
+    return lambda m, y: y * value * settings["scale"], change
+
+
+HERE = sys.modules[__name__]
+# what a forward reads, and what changes it
+VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Any], None]]] = {
+    "attribute": (lambda m, y: y * m.scale, sets(itself, "scale", 3.0)),
+    "attribute, to an integer": (lambda m, y: y * m.scale, sets(itself, "scale", 3)),
+    "attribute that becomes a tensor": (
+        lambda m, y: y * m.scale,
+        sets(itself, "scale", torch.full((1,), 3.0)),
+    ),
+    "tensor": (lambda m, y: y * m.mean, sets(itself, "mean", torch.full((1,), 3.0))),
+    "by getattr": (lambda m, y: y * getattr(m, "sca" + "le"), sets(itself, "scale", 3.0)),
+    "in a method": (lambda m, y: m.helper(y), sets(itself, "scale", 3.0)),
+    "in a property": (lambda m, y: y * m.doubled, sets(itself, "scale", 3.0)),
+    "of a class": (lambda m, y: y + 1 if m.flag else y, lambda m, p: p.setattr(type(m), "flag", True)),
+    "of a class, hidden": (lambda m, y: y * m.factor, sets(itself, "factor", 3.0)),
+    "method on an instance": (lambda m, y: m.helper(y), sets(itself, "helper", lambda y: y * 3)),
+    "method of a class": (
+        lambda m, y: m.helper(y),
+        lambda m, p: p.setattr(type(m), "helper", lambda m, y: y * 3),
+    ),
+    "forward of a class": (
+        lambda m, y: y,
+        lambda m, p: p.setattr(type(m).__mro__[-3], "forward", lambda m, x: x * 3),
+    ),
+    "list": (lambda m, y: y * m.sizes[1], puts(lambda m: m.sizes)),
+    "dict": (lambda m, y: y * m.options["scale"], lambda m, p: p.setitem(m.options, "scale", 3.0)),
+    "dict.get": (
+        lambda m, y: y * m.options.get("other", 1.0),
+        lambda m, p: p.setitem(m.options, "other", 3.0),
+    ),
+    "configuration": (lambda m, y: y * m.config.scale, sets(lambda m: m.config, "scale", 3.0)),
+    "configuration's default": (lambda m, y: y * m.config.default, sets(lambda m: m.config, "default", 3.0)),
+    "configuration's class": (
+        lambda m, y: y * m.config.default,
+        lambda m, p: p.setattr(Settings, "default", 3.0),
+    ),
+    "nested": (lambda m, y: y * m.config.inner.scale, sets(lambda m: m.config.inner, "scale", 3.0)),
+    "dtype": (lambda m, y: y.to(m.dtype), sets(itself, "dtype", torch.float64)),
+    "function": (lambda m, y: m.function(y), sets(itself, "function", torch.sigmoid)),
+    "global": (lambda m, y: y * SETTING, lambda m, p: p.setattr(HERE, "SETTING", 3.0)),
+    "global in a function": (lambda m, y: scaled(y), lambda m, p: p.setattr(HERE, "SETTING", 3.0)),
+    "global function": (lambda m, y: scaled(y), lambda m, p: p.setattr(HERE, "scaled", lambda y: y * 3)),
+    "global dict": (lambda m, y: y * SETTINGS["scale"], lambda m, p: p.setitem(SETTINGS, "scale", 3.0)),
+    "global list": (lambda m, y: y * THEIRS[0], puts(lambda m: THEIRS)),
+    "global object": (
+        lambda m, y: y * CONFIGURATION.scale,
+        lambda m, p: p.setattr(CONFIGURATION, "scale", 3.0),
+    ),
+    "variable of a function": closure(1.0),
+    "of type(self)": (
+        lambda m, y: y * type(m).factor,
+        lambda m, p: p.setattr(owner(m, "factor"), "factor", 3.0),
+    ),
+    "of __class__": (
+        lambda m, y: y * m.__class__.factor,
+        lambda m, p: p.setattr(owner(m, "factor"), "factor", 3.0),
+    ),
+    "class": (lambda m, y: y * Scales.scale, lambda m, p: p.setattr(Scales, "scale", 3.0)),
+    "of a part": (lambda m, y: y * m.noise.p, sets(lambda m: m.noise, "p", 0.25)),
+    "of a convolution": (lambda m, y: y * m.conv1.groups, replaces_a_convolution),
+    "training": (
+        lambda m, y: y + 1 if m.inner.training else y,
+        lambda m, p: p.setattr(m.inner, "training", True),
+    ),
+}
+
+
+def owner(module: nn.Module, name: str) -> type:
+    return next(c for c in type(module).__mro__ if name in vars(c))
+
+
+class Scales:
+    scale = 1.0
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_that_a_forward_reads_may_change(name, inner, monkeypatch) -> None:
+    body, change = VALUES[name]
+    cls = way(body, Single if inner else Plain)
+    stock = made(lambda: nn.Sequential(nn.Identity(), cls()) if inner else cls())
+    model = copy.deepcopy(stock)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        r3d.fuse(model)
+        before = model(X)
+        torch.testing.assert_close(before, stock(X), rtol=1e-4, atol=1e-4)
+        torch.manual_seed(0)
+        undo = [change(m[1] if inner else m, monkeypatch) for m in (stock, model)]
+        want = stock(X)
+        assert want.dtype != before.dtype or not torch.equal(want, before), "the change is none"
+        for _ in range(3):
+            torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-4)
+        monkeypatch.undo()
+        for put_back in filter(None, undo[::-1]):
+            put_back()
+        torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
+    assert problems(model)
+
+
+def listens(*args: Any) -> None:
+    LISTENED.append(args)
+
+
+LISTENED: list[Any] = []
+
+
+def hooked(kind: str, where: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Callable[[], None]]:
+    return lambda m: getattr(where(m), f"register_{kind}")(listens).remove
+
+
+def everywhere(kind: str) -> Callable[[nn.Module], Callable[[], None]]:
+    return lambda m: getattr(nn.modules.module, f"register_module_{kind}")(listens).remove
+
+
+def replaced(
+    where: Callable[[nn.Module], nn.Module], name: str = "forward"
+) -> Callable[[nn.Module], Callable[[], None]]:
+    def change(model: nn.Module) -> Callable[[], None]:
+        module = where(model)
+        own = getattr(module, name)
+        module.__dict__[name] = lambda *args: LISTENED.append(args) or own(*args) * 3
+        return lambda: module.__dict__.pop(name)
+
+    return change
+
+
+def switched(where: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Callable[[], None]]:
+    def change(model: nn.Module) -> Callable[[], None]:
+        LISTENED.append(where(model).train())
+        return where(model).eval
+
+    return change
+
+
+class Parts(nn.Module):
+    """Every kind of module that becomes part of a graph, or is called in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(conv(), nn.BatchNorm3d(6), nn.Identity(), nn.ReLU())
+        self.wrapper = Dropping()
+        self.drop = nn.Dropout3d(0.5)
+        self.conv, self.bn, self.relu, self.pool = conv(), nn.BatchNorm3d(6), nn.ReLU(), nn.MaxPool3d(2)
+        self.alone = nn.MaxPool3d((1, 2, 2), ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.relu(self.bn(self.conv(self.drop(self.wrapper(self.block(x)))))))
+        return self.alone(y)
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm3d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        return F.dropout3d(y, 0.5, self.training)
+
+
+PARTS = {
+    "itself": itself,
+    **{name: (lambda m, name=name: m.get_submodule(name)) for name, _ in Parts().named_modules() if name},
+}
+CHANGES = {
+    **{f"forward of {name}": replaced(part) for name, part in PARTS.items()},
+    **{f"_conv_forward of {name}": replaced(PARTS[name], "_conv_forward") for name in ("conv", "block.0")},
+    **{f"training of {name}": switched(part) for name, part in PARTS.items() if name != "itself"},
+    **{
+        f"{kind} of {name}": hooked(kind, part)
+        for name, part in PARTS.items()
+        for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    },
+    **{
+        f"{kind} of all": everywhere(kind)
+        for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    },
+}
+
+
+@pytest.mark.parametrize("when", ["before fuse", "before the first call", "later"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_whoever_changes_or_hears_a_part_is_heeded(name, when) -> None:
+    """The same numbers, and as many calls, as without `fuse`; all as before when it is over."""
+    stock = made(Parts)
+    model, reference = copy.deepcopy(stock), copy.deepcopy(stock)
+    x = X.clone().requires_grad_("backward" in name)
+
+    def run(m: nn.Module) -> tuple[Tensor, int]:
+        torch.manual_seed(0)
+        LISTENED.clear()
+        y = m(x)
+        if y.requires_grad:
+            y.sum().backward()
+        return y, len(LISTENED)
+
+    with warnings.catch_warnings(), torch.set_grad_enabled("backward" in name):
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*gradient")
+        before = stock(x)
+        if when != "before fuse":
+            r3d.fuse(model)
+        if when == "later":
+            torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+        states = [copy.deepcopy(m.state_dict()) for m in (stock, model)]
+        back = [CHANGES[name](stock)]
+        want, calls = run(stock)
+        if "of all" in name:
+            back.pop()()
+        back.append(CHANGES[name](model))
+        if when == "before fuse":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some are left
+                r3d.fuse(model)
+        got, heard = run(model)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        if "training" not in name and not (when == "before fuse" and "hook" not in name):
+            assert heard == calls, "calls that somebody listens to"
+        for put_back in back:
+            put_back()
+        for m, state in zip((stock, model), states, strict=True):
+            m.load_state_dict(state)
+        for _ in range(2):
+            torch.testing.assert_close(model(x.detach()), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        r3d.fuse(model)
+        assert_keeps_promise(model(X), exact(reference), float32_limit=1e-5)
+    assert len({r.layer for r in r3d.explain(model)}) == 3
+
+
+def test_a_forward_whose_values_keep_changing_keeps_its_own() -> None:
+    model = r3d.fuse(made(way(lambda m, y: y * m.scale)))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for i in range(20):
+            model.scale = float(i)
+            torch.testing.assert_close(model(X), exact(model).float(), rtol=1e-4, atol=1e-4)
+    assert ["reads what keeps changing" in str(w.message) for w in said if "fuse:" in str(w.message)] == [
+        True
+    ]
+
+
+def randomly(m: nn.Module, y: Tensor) -> Tensor:
+    return y + torch.randn(y.shape)
+
+
+@pytest.mark.parametrize("body", [randomly, lambda m, y: m.noise(y), lambda m, y: F.dropout3d(y, 0.5, True)])
+def test_random_results_are_not_compared(body) -> None:
+    """Nor do they end the fused way; the first that is not random is."""
+    model = made(way(body))
+    model.noise.train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)
+        results = []
+        for m in (model, r3d.unfuse(copy.deepcopy(model))):
+            for _ in range(2):
+                torch.manual_seed(3)
+                results.append(m(X))
+        for y in results[1:]:
+            torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-4)
+        model.noise.eval()
+        model(X)
+    assert problems(model) == BLOCKS[Plain]
+
+
+def test_what_is_wrong_is_found_out_once_nothing_is_random() -> None:
+    class Asks(AsksForTypes):
+        def __init__(self) -> None:
+            super().__init__(False)
+            self.noise = nn.Dropout3d(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.noise(x))
+
+    model = made(Asks)
+    model.noise.train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)(X)
+        model.noise.eval()
+        with pytest.warns(UserWarning, match="Asks keeps its own forward: its graph computes something else"):
+            assert_keeps_promise(model(X), exact(model))
+
+
+def test_tangents_arrive() -> None:
+    stock = made(Parts)
+    model = r3d.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        model(X)
+    tangents = []
+    for m in (stock, model):
+        with forward_ad.dual_level():
+            y = m(forward_ad.make_dual(X, torch.ones_like(X)))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(tangents[1], tangents[0], rtol=1e-4, atol=1e-4)
+    assert tangents[0].abs().sum() > 0
+
+
+def shortcut(m: nn.Module, y: Tensor) -> Tensor:
+    zeros = m.buffer.expand(1, 2, 1, 1, 1)
+    return torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, 0, 2))], dim=1) + zeros.mean()
+
+
+def listed(m: nn.Module, y: Tensor) -> Tensor:
+    outputs = []
+    for layer in m.layers:
+        outputs.append(layer(outputs[-1] if outputs else y))
+    return torch.cat([o * (i + 1) for i, o in enumerate(outputs)], 1)
+
+
+def named(m: nn.Module, y: Tensor) -> Tensor:
+    for name, child in m.layers.named_children():
+        if isinstance(child, nn.Conv3d) and name.isdigit():
+            y = child(y)
+    return y if len(m.layers) else m.other(y)
+
+
+def excited(m: nn.Module, y: Tensor) -> Tensor:
+    b, c = y.shape[:2]
+    weight = torch.sigmoid(m.linear(F.adaptive_avg_pool3d(y, 1).view(b, c))).view(b, c, 1, 1, 1)
+    return y * weight
+
+
+def resized(m: nn.Module, y: Tensor) -> Tensor:
+    small = F.avg_pool3d(y, (1, 2, 2), ceil_mode=True)
+    up = F.interpolate(small, size=y.shape[2:], mode=m.mode, align_corners=False)
+    return torch.cat((y, up), dim=1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def scripted(m: nn.Module, y: Tensor) -> Tensor:
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return y + 100
+    torch._assert(y.dim() == 5, "five axes")
+    return {"out": y.permute(0, 2, 3, 4, 1)}["out"]
+
+
+def typed(m: nn.Module, y: Tensor) -> Tensor:
+    from collections import OrderedDict
+
+    parts: dict[str, Tensor] = OrderedDict()
+    parts["a"], parts["b"] = y.chunk(2, dim=1)
+    return typing.cast(Tensor, functools.reduce(operator.mul, parts.values())) * math.sqrt(
+        int(np.prod((1, 2)))
+    )
+
+
+@torch.fx.wrap
+def untraceable(y: Tensor) -> Tensor:
+    return y + 1 if y.sum() > 0 else y - 1
+
+
+def wrapped(m: nn.Module, y: Tensor) -> Tensor:
+    return untraceable(y)
+
+
+def chosen(m: nn.Module, y: Tensor) -> Tensor:
+    act = {"relu": F.relu, "gelu": F.gelu, "silu": nn.functional.silu}[m.mode2]
+    return act(y) * getattr(m, "missing", 1.0) + max(m.sizes) * sum(v for v in m.sizes)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(
+    "body", [shortcut, listed, named, excited, resized, scripted, typed, wrapped, chosen]
+)
+def test_common_forwards_are_fused(body, inner) -> None:
+    class Common(way(body, Single if inner else Plain)):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.GroupNorm(2, 6), nn.Tanh()])
+            self.linear, self.mode, self.mode2 = nn.Linear(6, 6), "trilinear", "gelu"
+            self.register_buffer("buffer", torch.ones(1, 1, 1, 1, 1))
+
+    stock = made(lambda: nn.Sequential(nn.ReLU(), Common()) if inner else Common())
+    model = copy.deepcopy(stock)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3d.fuse(model)
+        for _ in range(2):
+            torch.testing.assert_close(model(X), stock(X), rtol=1e-4, atol=1e-4)
+    assert len({r.layer for r in r3d.explain(model)}) == 2 - inner
+
+
+def test_a_trace_leaves_nothing_behind() -> None:
+    def tracer(*args: Any) -> None:
+        return None
+
+    before = sys.gettrace(), sys.getprofile()
+    sys.settrace(tracer)
+    sys.setprofile(tracer)
+    try:
+        r3d.fuse(made(Plain))
+        after = sys.gettrace(), sys.getprofile()
+    finally:
+        sys.settrace(before[0])
+        sys.setprofile(before[1])
+    assert after == (tracer, tracer)
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_threads_that_fuse_at_the_same_time() -> None:
+    models = [made(Network) for _ in range(4)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        list(pool.map(r3d.fuse, models))
+    with torch.no_grad():
+        for model in models:
+            model(CLIP)
+            assert len({r.layer for r in r3d.explain(model)}) == 6
