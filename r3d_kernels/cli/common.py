@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
+import math
 import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +145,9 @@ def build_model(arch: str | None, weights: str | None, *, seed: int = 0) -> nn.M
             torch.manual_seed(seed)
             return create_model(arch).eval()
     try:
-        model = load_checkpoint(None, weights) if arch is None else create_model(arch, weights=weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* NaN or infinity")  # `notes` has it
+            model = load_checkpoint(None, weights) if arch is None else create_model(arch, weights=weights)
     except Exception as e:  # torch.load has no common base for "this is not a checkpoint"
         if os.environ.get("R3D_KERNELS_DEBUG", "0") not in ("", "0"):
             raise
@@ -170,6 +177,44 @@ def check_writable(option: str, path: str) -> None:
         raise CliError(f"{option} {path}: there is no directory {folder}")
     if not os.access(folder if not os.path.exists(path) else path, os.W_OK):
         raise CliError(f"{option} {path}: no permission to write there")
+
+
+def json_text(report: dict[str, Any], encoding: str = "utf-8") -> str:
+    """Valid JSON that `encoding` can hold: null for NaN and infinity, which JSON lacks, and a note on where.
+
+    A file name that is no UTF-8 is written with escapes ("\\udcff"), which `json.loads` takes back.
+    """
+    lost: list[str] = []
+
+    def plain(value: Any, place: str) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v, f"{place}.{k}" if place else str(k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            lost.append(f"{place} is {value}, written as null")
+            return None
+        return value
+
+    data = plain(report, "")
+    if lost:
+        more = [f"and {len(lost) - 20} more"] if len(lost) > 20 else []
+        data["notes"] = [*data.get("notes", []), *lost[:20], *more]
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):  # a terminal that knows less
+        text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    return text
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    """Writes a report to a file, or to stdout for '-'."""
+    if path == "-":
+        sys.stdout.write(json_text(report, getattr(sys.stdout, "encoding", None) or "ascii"))
+    else:
+        write_atomically(path, json_text(report).encode())
 
 
 def write_atomically(path: str, data: bytes) -> None:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -37,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     report = examine()
-    print(json.dumps(report, indent=2) if args.json else to_text(report))
+    if args.json:
+        common.write_json("-", report)
+    else:
+        print(to_text(report))
     return 0 if report["usable"] else 1
 
 

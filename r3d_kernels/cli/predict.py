@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is None:
         _print_tables(out, results)
     elif results:
-        text = json.dumps({"results": results}, indent=2, ensure_ascii=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            common.write_atomically(args.json, text.encode())
+        common.write_json(args.json, {"results": results})
     if failed and len(args.videos) > 1:
         err.print(f"{len(failed)} of {len(results) + len(failed)} videos failed", soft_wrap=True)
     return 2 if failed else 0

@@ -14,8 +14,6 @@ of threads and these versions of torch and of this package.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -193,11 +191,7 @@ def run(args: argparse.Namespace) -> int:
                 "cache": str(tuning.cache_path()),
                 "layers": [row.as_dict() for row in rows],
             }
-            text = json.dumps(report, indent=2) + "\n"
-            if args.json == "-":
-                sys.stdout.write(text)
-            else:
-                common.write_atomically(args.json, text.encode())
+            common.write_json(args.json, report)
     return 0
 
 

@@ -14,8 +14,6 @@ Exit code 1 if a layer or the network misses the promised accuracy.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import TYPE_CHECKING
 
 from r3d_kernels.cli import common
@@ -94,11 +92,7 @@ def run(args: argparse.Namespace) -> int:
         _print_table(out, report)
     else:
         facts = {"model": name, "weights": origin, "video": path, "processor": where}
-        text = json.dumps({**facts, **report.to_dict()}, indent=2, allow_nan=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            common.write_atomically(args.json, text.encode())
+        common.write_json(args.json, {**facts, **report.to_dict()})
     return 0 if report.ok else 1
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
+import stat
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -173,14 +176,44 @@ class LoadReport:
 
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+_DEEPEST = 32  # dicts around a state dict
+_MOST_VALUES = 1 << 31  # of a tensor; an expanded one can claim any number
+_FLOATS = {
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    )
+    if hasattr(torch, name)
+}
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_OWN_NAMES = (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+
+
+def _in_a_line(value: Any, most: int = 80) -> str:
+    """A name or an error, in one line of bounded length."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _kind(mode: int) -> str | None:
+    """What a path is, where it is no regular file."""
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def _read_file(path: str) -> Any:
     """What the file holds; a ValueError of one line where it holds no checkpoint."""
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: expected a checkpoint file, this is a directory")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint file")
+    if kind := _kind(os.stat(path).st_mode):  # before it is opened: a pipe would hang, a device never end
+        raise ValueError(f"{path}: expected a checkpoint file, this is {kind}")
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file
@@ -213,7 +246,12 @@ def _read_file(path: str) -> Any:
 def _unwrap(raw: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any] | None, str | None, bool]:
     """State dict, this package's metadata, the file's word on its architecture, and whether a prefix went."""
     arch = None
+    seen: list[Any] = []
     while isinstance(raw, Mapping):
+        if any(raw is outer for outer in seen) or len(seen) > _DEEPEST:
+            what = "contains itself" if len(seen) <= _DEEPEST else f"lies more than {_DEEPEST} dicts deep"
+            raise ValueError(f"{source}: expected a state dict, got a dict that {what}")
+        seen.append(raw)
         if isinstance(raw.get("arch"), str):
             arch = raw["arch"]
         inner = next((raw[k] for k in _WRAPPER_KEYS if isinstance(raw.get(k), Mapping)), None)
@@ -226,11 +264,13 @@ def _unwrap(raw: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any] | 
         k for k, v in raw.items() if not (isinstance(k, str) and k.isprintable() and isinstance(v, Tensor))
     ]
     if wrong or not raw:
-        what = f"{wrong[0]!r} is {type(raw[wrong[0]]).__name__}" if wrong else "it is empty"
+        what = f"{reprlib.repr(wrong[0])} is {type(raw[wrong[0]]).__name__}" if wrong else "it is empty"
+        what = _in_a_line(what, 200)
         raise ValueError(f"{source}: expected a state dict of names and tensors, but {what}")
 
     metadata = None
-    for entry in (getattr(raw, "_metadata", None) or {}).values():
+    described = getattr(raw, "_metadata", None)
+    for entry in described.values() if isinstance(described, Mapping) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("r3d_kernels"), Mapping):
             metadata = dict(entry["r3d_kernels"])
     state = dict(raw)
@@ -239,6 +279,48 @@ def _unwrap(raw: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any] | 
         state = {k[len(prefix) :]: v for k, v in state.items()}
         parallel |= prefix == "module."
     return state, metadata, arch, parallel
+
+
+def _check_tensor(source: str, name: str, tensor: Tensor, integer: bool) -> None:
+    """Raises for what holds no weights: empty, without values, of a layout or type that no layer computes with.
+
+    Args:
+        source, name: of the tensor.
+        tensor: is checked without reading its values.
+        integer: whether it may be one of integers, as counters are.
+    """
+    got = expected = None
+    if nn.parameter.is_lazy(tensor):  # has no shape to ask for
+        expected, got = "values", "a parameter that was never initialised"
+    elif tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        expected, got = "a dense tensor", f"a tensor of layout {layout}"
+    elif tensor.is_meta:
+        expected, got = "values", "a tensor on the meta device, which has none"
+    elif tensor.is_quantized:
+        expected, got = "floating-point values", f"a quantized tensor ({tensor.dtype})"
+    elif not (tensor.dtype in _FLOATS or (integer and tensor.dtype in _INTEGERS)):
+        expected, got = f"{'integer or ' if integer else ''}floating-point values", str(tensor.dtype)
+    elif not 0 < tensor.numel() <= _MOST_VALUES:
+        expected, got = f"1 to {_MOST_VALUES} values", f"shape {tuple(tensor.shape)}"
+    elif type(tensor) in (Tensor, nn.Parameter) and _beyond_storage(tensor):
+        expected, got = "values", "a tensor whose storage was freed"
+    if got is not None:
+        raise ValueError(f"{source}: {_in_a_line(name)}: expected {expected}, got {got}")
+
+
+def _beyond_storage(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is gone, as FSDP leaves it: reading would end the process."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
+
+
+def _check_own_tensors(source: str, state: Mapping[str, Tensor]) -> None:
+    """Checks what a network of this package would take; anything else is only reported, or refused by its name."""
+    for name, tensor in state.items():
+        if name.endswith(_OWN_NAMES) and not name.startswith("conv_seg."):
+            _check_tensor(source, name, tensor, integer=name.endswith(".num_batches_tracked"))
 
 
 # --- recognising ------------------------------------------------------------------------------------------
@@ -259,7 +341,7 @@ _REFUSED_ARCHS = (
     ("densenet", "DenseNet of 3D-ResNets-PyTorch"),
 )
 # The convolution may be in two halves, 0 and 3 (torchvision's R(2+1)D).
-_BLOCK_CONV = re.compile(r"layer([1-4])\.(\d+)\.conv(\d)(?:\.0(?:\.([03]))?)?\.weight")
+_BLOCK_CONV = re.compile(r"layer([1-4])\.(\d{1,4})\.conv(\d)(?:\.0(?:\.([03]))?)?\.weight")
 
 #: What MedicalNet has and the weights do not tell.
 MEDICALNET_CONFIG: dict[str, Any] = {
@@ -391,11 +473,14 @@ def _apply_geometry(config: dict[str, Any], geometry: Any, source: str) -> None:
         )
         for name in ("layer_strides", "layer_dilations"):
             config[name] = tuple(int(v) for v in geometry[name])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: the description of the network is damaged ({error})") from None
+    except Exception as error:  # whatever lies there can fail in any way
+        text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{source}: the description of the network is damaged ({_in_a_line(text, 200)})"
+        ) from None
 
 
-def _fold_downsample_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fold_downsample_bias(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """MONAI's downsample convolutions have a bias. Batch norm subtracts a mean: (x + b) - m = x - (m - b)."""
     out = dict(state)
     for name in state:
@@ -403,6 +488,11 @@ def _fold_downsample_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
             bias = out.pop(name)
             mean = name.removesuffix("0.bias") + "1.running_mean"
             if mean in out:
+                if bias.shape != out[mean].shape:
+                    raise ValueError(
+                        f"{source}: {name}: expected shape {tuple(out[mean].shape)}, that of {mean}, "
+                        f"got {tuple(bias.shape)}"
+                    )
                 out[mean] = (out[mean].double() - bias.double()).to(out[mean].dtype)
     return out
 
@@ -442,8 +532,9 @@ def read_checkpoint(path_or_dict: str | os.PathLike[str] | Mapping[str, Any] | C
         if (arch or "").startswith(start):
             raise _refuse(source, layout)
     if "stem.0.weight" not in state and not ("conv1.weight" in state and "layer1.0.conv1.weight" in state):
-        some = ", ".join(list(state)[:3])
+        some = ", ".join(map(_in_a_line, list(state)[:3]))
         raise ValueError(f"{source}: no checkpoint of a 3-D ResNet; its names start with {some}")
+    _check_own_tensors(source, state)
 
     config = _infer_config(state, source)
     notes: list[str] = []
@@ -505,8 +596,9 @@ def _saved_clip(saved: Any, channels: int, source: str) -> Any:
         mean, std = saved
         mean = channel_values(mean, "clip_mean", channels)
         return mean, channel_values(std, "clip_std", channels, positive=True)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: the normalisation of clips saved with the weights: {error}") from None
+    except Exception as error:  # whatever lies there can fail in any way
+        text = _in_a_line(error, 200)
+        raise ValueError(f"{source}: the normalisation of clips saved with the weights: {text}") from None
 
 
 def _sizes(stem: Stem) -> dict[str, Any]:
@@ -519,7 +611,7 @@ def _sizes(stem: Stem) -> dict[str, Any]:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(_in_a_line, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _geometry_differences(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
@@ -568,9 +660,12 @@ def load_checkpoint(
 
     Raises:
         ValueError: a damaged or foreign file, an unsupported layout, names or shapes that do not fit, a head
-            of another size. The network is untouched then.
+            of another size, a tensor without values that a layer can compute with (empty, sparse, on the meta
+            device, quantized, of integers). The network is untouched then.
         FileNotFoundError, ImportError: as :func:`read_checkpoint`.
         TypeError: arguments of the wrong type, or overrides together with a network.
+
+    Weights with NaN or infinity are loaded, with a warning and a note in ``loaded_from``.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
@@ -613,6 +708,18 @@ def _set_clip(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.clip_std = [255 * v for v in facts.std]
 
 
+def _not_finite(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of what the network would hold NaN or infinity of: a float64 may be too large for its type."""
+    names = []
+    for k, mine in own.items():
+        if k in state and state[k].is_floating_point():
+            values = state[k].detach().to(mine.dtype if mine.is_floating_point() else torch.float32)
+            values = values.float() if values.dtype.itemsize == 1 else values
+            if not values.isfinite().all():
+                names.append(k)
+    return names
+
+
 def _fill(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -627,7 +734,7 @@ def _fill(
     state = dict(checkpoint.state_dict)
     notes = list(checkpoint.notes)
     if any(name.endswith(".downsample.0.bias") and name not in own for name in state):
-        state = _fold_downsample_bias(state)
+        state = _fold_downsample_bias(state, source)
         notes.append("the biases of the downsample convolutions were folded into the batch norms behind them")
 
     own_head = {k: tuple(v.shape) for k, v in own.items() if k.startswith("fc.")}
@@ -670,6 +777,14 @@ def _fill(
             f"{source}: the weights fit, but belong to another network ({'; '.join(conflicts)}); "
             "strict=False loads them all the same"
         )
+
+    for k in state.keys() & own.keys():  # those of a network of another kind, too
+        _check_tensor(source, k, state[k], integer=not own[k].is_floating_point())
+    wild = _not_finite(state, own)
+    if wild:
+        some = f"{_some(wild)} of {source} {'has' if len(wild) == 1 else 'have'}"
+        warnings.warn(f"{some} NaN or infinity, in the type of the network", stacklevel=3)
+        notes.append(f"NaN or infinity in {len(wild)} of the tensors: {_some(wild)}")
 
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     model.preset_name = checkpoint.preset_name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -9,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from r3d_kernels import __version__, cli
 from r3d_kernels.cli import common, doctor, main
+from r3d_kernels.models import create_model
 
 RANDOM = ("--arch", "r3d_18", "--random-weights")
 # The same package from any folder, also where it is not installed.
@@ -225,3 +231,111 @@ def test_random_weights_are_always_the_same():
     one, two = (common.build_model("hara_r3d_10", None).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert torch.equal(state, torch.get_rng_state())
+
+
+# --- checkpoints that cannot be loaded, and reports that JSON cannot hold ---------------------------------
+
+
+def small_state() -> dict:
+    return create_model("hara_r3d_10", num_classes=3, widen_factor=0.125).state_dict()
+
+
+def itself() -> dict:
+    inside: dict = {}
+    inside["model"] = inside
+    return inside
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (itself, "contains itself"),
+        (
+            lambda: {**small_state(), "conv1.weight": torch.zeros(0, 3, 7, 7, 7)},
+            "conv1.weight: expected 1 to",
+        ),
+        (
+            lambda: {**small_state(), "fc.weight": torch.ones(3, 64).long()},
+            "fc.weight: expected floating-point",
+        ),
+        (lambda: {**small_state(), "fc.bias": torch.ones(3).to_sparse()}, "fc.bias: expected a dense tensor"),
+        (lambda: {**small_state(), "fc.bias": torch.ones(3, device="meta")}, "fc.bias: expected values"),
+        (lambda: [1], "expected a state dict, got list"),
+    ],
+)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["verify", "--random"],
+        ["tune"],
+        ["predict", "a.mp4"],
+        ["predict", "a.mp4", "--arch", "hara_r3d_10"],
+        ["demo"],
+    ],
+    ids=" ".join,
+)
+def test_checkpoints_that_hold_no_weights(capsys, tmp_path, monkeypatch, content, message, argv):
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")  # `tune` refuses to be told otherwise
+    monkeypatch.setenv("R3D_KERNELS_CACHE", str(tmp_path))
+    path = tmp_path / "weights.pth"
+    torch.save(content(), path)
+    assert main([*argv, "--weights", str(path)]) == 2
+    line = error_line(capsys)
+    assert str(path) in line
+    assert message in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no fifos")
+def test_weights_that_would_hang(tmp_path):
+    fifo = tmp_path / "weights.pth"
+    os.mkfifo(fifo)
+    for path in (str(fifo), os.devnull, str(tmp_path)):
+        done = run("verify", "--random", "--weights", path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"r3d-kernels: error: --weights {path}: not a file\n"
+
+
+def strictly(text: str) -> dict:
+    """JSON as the standard has it: Python's reader would take NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+REPORTS = st.dictionaries(
+    st.text(max_size=5),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(report=REPORTS, encoding=st.sampled_from(["utf-8", "ascii", "latin-1", "no such"]))
+@example({"a": float("nan"), "b": ["\udcff.mp4", "\U0001f600"]}, "utf-8")
+def test_any_report_is_valid_json(report, encoding):
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def wild(value):
+        if isinstance(value, (dict, list)):
+            return any(map(wild, value.values() if isinstance(value, dict) else value))
+        return isinstance(value, float) and not math.isfinite(value)
+
+    report.pop("notes", None)
+    text = common.json_text(report, encoding)
+    text.encode("ascii" if encoding == "no such" else encoding)
+    got = strictly(text)
+    notes = got.pop("notes", [])
+    assert got == plain(report)
+    assert bool(notes) == wild(report)
+
+
+def test_notes_are_added_to_those_that_are_there():
+    got = strictly(common.json_text({"a": [1.0, math.inf], "notes": ["one"]}))
+    assert got == {"a": [1.0, None], "notes": ["one", "a[1] is inf, written as null"]}

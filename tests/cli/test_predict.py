@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,23 @@ def test_bad_labels(tmp_path, name, data, message):
     path.write_bytes(data)
     with pytest.raises(CliError, match=re.escape(str(path)) + ".*" + message):
         predict.read_labels(str(path))
+
+
+def test_weights_with_nan(capsys, model, tmp_path):
+    """Valid JSON, and said twice: where the weights are read, and where the scores are written."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["fc.bias"][2] = float("nan")
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (
+            main(["predict", CARPHONE, "--weights", str(path), "--json", "-", "--topk", "2", *SMALL, *ONE])
+            == 0
+        )
+    captured = capsys.readouterr()
+    assert "note: NaN or infinity in 1 of the tensors: fc.bias\n" in captured.err
+    assert without_notes(captured.err) == ""
+    got = json.loads(captured.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [row["score"] for row in got["results"][CARPHONE]] == [None, None]
+    assert got["notes"][0] == f"results.{CARPHONE}[0].score is nan, written as null"

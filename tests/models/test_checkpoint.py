@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import random
+import socket
 from collections import Counter, OrderedDict
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from r3d_kernels.models import (
@@ -471,9 +475,9 @@ def test_foreign_files(tmp_path, content):
     one_line(error)
 
 
-def complaint(path):
+def complaint(path, read=lambda path: load_checkpoint(None, path)):
     try:
-        load_checkpoint(None, path)
+        read(path)
     except ValueError as error:
         return str(error)
     return ""
@@ -535,3 +539,193 @@ def test_paths_that_are_no_files(tmp_path):
         load_checkpoint(None, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint file"):
         load_checkpoint(None, tmp_path / "none.pth")
+
+
+# --- tensors that are no weights --------------------------------------------------------------------------
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+#: What comes in place of a weight, and what is said of it.
+NO_WEIGHTS = {
+    "zero-size": (lambda t: t[:0], r"expected 1 to \d+ values, got shape \(0"),
+    "meta": (lambda t: t.to("meta"), "expected values, got a tensor on the meta device"),
+    "sparse": (lambda t: t.to_sparse(), "expected a dense tensor, got a tensor of layout sparse_coo"),
+    "integer": (lambda t: t.long(), "floating-point values, got torch.int64"),
+    "bool": (lambda t: t > 0, "floating-point values, got torch.bool"),
+    "complex": (lambda t: t.to(torch.complex64), "floating-point values, got torch.complex64"),
+    "quantized": (
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        r"floating-point values, got a quantized tensor \(torch.qint8\)",
+    ),
+    "nested": (lambda t: torch.nested.nested_tensor([t]), "a dense tensor, got a tensor of layout nested"),
+    "never initialised": (
+        lambda t: nn.parameter.UninitializedParameter(),
+        "expected values, got a parameter that was never initialised",
+    ),
+    "claimed": (
+        lambda t: t.new_zeros(1).expand(1 << 40),
+        r"expected 1 to \d+ values, got shape \(1099511627776",
+    ),
+    "freed": (lambda t: freed(t.clone()), "expected values, got a tensor whose storage was freed"),
+}
+IN_FILES = ["zero-size", "meta", "sparse", "integer", "bool", "complex", "quantized", "claimed"]
+NAMES = [
+    "conv1.weight",
+    "bn1.running_var",
+    "layer3.0.conv2.weight",
+    "layer2.0.downsample.1.bias",
+    "fc.weight",
+]
+
+
+def spoilt(name, kind):
+    state = bare(network(stem="hara").state_dict())
+    state[name] = NO_WEIGHTS[kind][0](state[name].detach())
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantized and nested tensors
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_are_no_weights(name, kind):
+    state = spoilt(name, kind)
+    target = network(stem="hara", seed=1)
+    before = bare(target.state_dict())
+    for model in (None, target):
+        with pytest.raises(ValueError, match=rf"^state dict: {name}: .*{NO_WEIGHTS[kind][1]}") as error:
+            load_checkpoint(model, state)
+        one_line(error)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", IN_FILES)
+def test_files_with_tensors_that_are_no_weights(tmp_path, kind):
+    path = saved(tmp_path, {"state_dict": spoilt(NAMES[2], kind), "epoch": 1})
+    with pytest.raises(ValueError, match=rf"checkpoint.pth: {NAMES[2]}: .*{NO_WEIGHTS[kind][1]}") as error:
+        load_checkpoint(None, path)
+    one_line(error)
+
+
+def test_counters_are_integers_or_cast_with_the_rest():
+    for cast in (torch.Tensor.long, torch.Tensor.int, torch.Tensor.half):
+        state = bare(network(stem="hara").state_dict())
+        for name in state:
+            if name.endswith("num_batches_tracked"):
+                state[name] = cast(state[name] + 3)
+        assert load_checkpoint(None, state).bn1.num_batches_tracked == 3
+
+
+def test_what_is_left_out_may_be_anything():
+    """Only reported, as any other name that the network lacks."""
+    state = {**bare(network(stem="hara").state_dict()), "mask": torch.zeros(0), "steps": torch.ones(3).long()}
+    assert load_checkpoint(None, state, strict=False).loaded_from.unexpected == ["mask", "steps"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.running_mean"])
+def test_weights_that_are_not_finite_are_said(tmp_path, name, value):
+    state = bare(network(stem="hara").state_dict())
+    state[name] = state[name].double()  # 1e300 is infinity in the network's float32
+    state[name].view(-1)[-1] = value
+    path = saved(tmp_path, state)
+    with pytest.warns(UserWarning, match=rf"{name} of .*checkpoint.pth has NaN or infinity") as told:
+        model = load_checkpoint(None, path)
+    assert told[0].filename == __file__
+    assert model.loaded_from.notes[-1] == f"NaN or infinity in 1 of the tensors: {name}"
+    assert torch.equal(model.state_dict()[name], state[name].float()) or value != value
+
+
+@pytest.mark.parametrize("keys", [["model"], ["state_dict", "model"], ["model_state", "model", "state_dict"]])
+def test_dicts_that_contain_themselves(tmp_path, keys):
+    dicts = [{"epoch": 1} for _ in keys]
+    for i, key in enumerate(keys):
+        dicts[i][key] = dicts[(i + 1) % len(keys)]
+    for source in (dicts[0], {"model": dicts[0]}, saved(tmp_path, dicts[0])):
+        with pytest.raises(
+            ValueError, match="expected a state dict, got a dict that contains itself"
+        ) as error:
+            load_checkpoint(None, source)
+        one_line(error)
+
+
+def test_dicts_of_any_depth():
+    state = bare(network(stem="hara").state_dict())
+    inner = state
+    for _ in range(20):
+        inner = {"model": inner}
+    load_checkpoint(None, inner)
+    for _ in range(5000):
+        inner = {"model": inner}
+    with pytest.raises(ValueError, match="more than 32 dicts deep") as error:
+        load_checkpoint(None, inner)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["x" * 10_000, 10**400, (1, "a\nb"), "a\nb", "\udcff", b"\n" * 1000, None],
+    ids=lambda k: repr(k)[:20],
+)
+def test_names_that_are_none(key):
+    with pytest.raises(ValueError, match=r"^state dict: ") as error:
+        load_checkpoint(None, {key: torch.zeros(1)})
+    one_line(error)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["stem_stride", "stem_padding", "stem_pool", "layer_strides", "layer_dilations"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(field=st.sampled_from([*FIELDS, "geometry", "clip", "preset", "all"]), junk=JUNK)
+def test_any_description(field, junk):
+    """What this package wrote beside the weights, and somebody changed."""
+    state = network(stem="hara", widen_factor=0.02).state_dict()
+    own = dict(state._metadata[""]["r3d_kernels"])
+    if field in FIELDS:
+        own["geometry"] = {**own["geometry"], field: junk}
+    else:
+        own[field] = junk
+    state._metadata[""] = {"r3d_kernels": own} if field != "all" else junk
+    said = complaint(state, read_checkpoint)
+    assert "\n" not in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("metadata", [3, [1], {"": 3}, {"": {"r3d_kernels": 3}}])
+def test_any_metadata(metadata):
+    state = bare(network(stem="hara").state_dict())
+    state._metadata = metadata
+    assert read_checkpoint(state).layout == "hara"
+
+
+def test_a_downsample_bias_of_another_shape():
+    """A single value would be added to all channels without a word."""
+    state = monai_state(network(stem=Stem(7, 1, pool=Pool(3, 2, 1)), in_channels=1))
+    state["layer2.0.downsample.0.bias"] = torch.ones(1)
+    with pytest.raises(
+        ValueError, match=r"layer2.0.downsample.0.bias: expected shape \(16,\), .*, got \(1,\)"
+    ):
+        load_checkpoint(None, state)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no fifos")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_paths_that_hang_or_never_end(tmp_path, suffix):
+    fifo, link, unix = (tmp_path / f"{name}{suffix}" for name in ("fifo", "zero", "socket"))
+    os.mkfifo(fifo)
+    link.symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(unix))
+    for path, kind in ((fifo, "a pipe"), (link, "a device"), (unix, "a socket")):
+        with pytest.raises(ValueError, match=rf"{path.name}: expected a checkpoint file, this is {kind}"):
+            load_checkpoint(None, path)
