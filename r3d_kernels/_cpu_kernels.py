@@ -307,6 +307,7 @@ class AmxCpu(DirectCpu):
 _STEM_TILES = {1: (1,), 3: (2, 4, 8), 4: (2, 4, 8), 5: (2, 4, 6), 6: (2, 4), 7: (2, 4, 6)}  # by taps
 # More than 3.3e-6, a third of what the logits of a whole network may have, or no faster than a finer one.
 _COARSE_STEMS = {(3, 4): (8,), (4, 4): (8,), (7, 4): (6,)}  # by taps and rows
+_SHORT_SUM = 9  # rows and columns of the kernel times input channels
 # Of 7x7 and larger, whose stock error is larger too
 _STRICT_STEMS = {1: (1,), 3: (2, 4), 4: (2, 4), 5: (2,), 6: (2,)}
 
@@ -343,6 +344,9 @@ class StemCpu(DirectCpu):
         if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
             return "the tile is outside R3D_KERNELS_FP32=strict"
         coarse = self.tile in _COARSE_STEMS.get((self._taps(p), self.rows), ())
+        # Sums too short, or channels too few, to average the errors of these tiles (7.7e-6 and 5.6e-6, found by tests/fuzz)
+        coarse |= self.tile >= 6 and math.prod(p.kernel[1:]) * p.c < _SHORT_SUM
+        coarse |= self.tile >= 6 and p.k < 4
         if request.dtype == torch.float32 and coarse and torch.get_float32_matmul_precision() == "highest":
             return "the tile is for float32_matmul_precision 'high' or 'medium'"
         return None

@@ -371,6 +371,9 @@ def _is_fresh(y: Tensor, conv: nn.Module, bn: nn.Module | None, other: Tensor | 
     True for what plain convolutions and batch norms return: their backward passes do not need it.
     """
     plain = _is_plain_conv(type(conv)) and (bn is None or type(bn) in _NORMS)
+    plain = (
+        plain and not has_hooks(conv) and (bn is None or not has_hooks(bn))
+    )  # who may have got a view of y
     return (
         plain and type(y) is Tensor and (other is None or (type(other) is Tensor and other.dtype == y.dtype))
     )
