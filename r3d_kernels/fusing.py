@@ -891,6 +891,7 @@ class _Plan:
         # the parts of the module, and of what is part of its graph, as they were
         self._parts: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] | None = None
         self._reads: list[_Read] = []
+        self._cells = False  # whether variables of functions are among them
         self._flags: list[dict[str, Any]] = []  # of modules that have to be in evaluation mode
         self._owns: list[dict[str, Any]] = []  # of modules that are not called, or by `layer`
 
@@ -914,7 +915,7 @@ class _Plan:
 
     def make(self, module: nn.Module) -> None:
         self.run, self.why, self._compared = None, None, False
-        self._inlined, self._reads, self._flags, self._owns = [], [], [], []
+        self._inlined, self._reads, self._flags, self._owns, self._cells = [], [], [], [], False
         traced = _traced(module) if self._traces < _MOST_TRACES else "its forward reads what keeps changing"
         self._traces += 1
         if isinstance(traced, str):
@@ -927,6 +928,7 @@ class _Plan:
                 exec(compile(code.src, f"<{type(module).__name__}, fused>", "exec"), names)
                 self._absorbed, self.convolutions = matcher.absorbed, matcher.convolutions
                 self._reads, self._flags = traced.reads, traced.flags
+                self._cells = any(isinstance(where, _Variable) for where, _, _ in traced.reads)
                 self._owns = [*{id(m): vars(m) for m in (*matcher.absorbed, *matcher.called)}.values()]
                 self.run = names["forward"]
             self._inlined = traced.inlined
@@ -945,6 +947,8 @@ class _Plan:
             forward_ad._current_level >= 0 or _global_hooks()
         ):  # tangents, and those who listen to every module
             return False
+        if self._cells and torch.compiler.is_compiling():
+            return False  # Dynamo cannot look into cells
         if not self.current():
             if torch.compiler.is_compiling():
                 return False

@@ -968,6 +968,23 @@ def test_a_value_that_a_forward_reads_may_change(name, inner, monkeypatch) -> No
     assert problems(model)
 
 
+@pytest.mark.parametrize("name", ["attribute", "method of a class", "global dict", "variable of a function"])
+def test_values_under_torch_compile(name, monkeypatch) -> None:
+    body, change = VALUES[name]
+    stock = made(way(body))
+    model = r3d.fuse(copy.deepcopy(stock))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(X)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), stock(X), rtol=1e-4, atol=1e-4)
+        undo = [change(m, monkeypatch) for m in (stock, model)]
+        for m in (compiled, model, compiled):
+            torch.testing.assert_close(m(X), stock(X), rtol=1e-4, atol=1e-4)
+        for put_back in filter(None, undo):
+            put_back()
+
+
 def listens(*args: Any) -> None:
     LISTENED.append(args)
 
