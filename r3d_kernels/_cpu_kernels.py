@@ -344,7 +344,7 @@ class StemCpu(DirectCpu):
         if request.dtype == torch.float32 and fp32_mode() == "strict" and not self._exact(p):
             return "the tile is outside R3D_KERNELS_FP32=strict"
         coarse = self.tile in _COARSE_STEMS.get((self._taps(p), self.rows), ())
-        # Sums too short, or channels too few, to average the errors of these tiles (7.7e-6 and 5.6e-6, found by tests/fuzz)
+        # Too short sums, or too few outputs, to average these tiles' errors: up to 7.7e-6 (tests/fuzz)
         coarse |= self.tile >= 6 and math.prod(p.kernel[1:]) * p.c < _SHORT_SUM
         coarse |= self.tile >= 6 and p.k < 4
         if request.dtype == torch.float32 and coarse and torch.get_float32_matmul_precision() == "highest":

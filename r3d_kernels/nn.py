@@ -306,7 +306,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _trains_through_triton(x: Tensor, conv: nn.Conv3d, bn: nn.Module | None, residual: Tensor | None) -> bool:
     """Whether batch norm takes the statistics of this batch and backend "triton" is asked for and can do it."""
-    if type(bn) is not nn.BatchNorm3d or not (bn.training or bn._buffers["running_mean"] is None):
+    if type(bn) is not nn.BatchNorm3d or not (bn.training or bn._buffers.get("running_mean", bn) is None):
         return False
     if torch.compiler.is_compiling():  # inductor compiles the stock layers, forward and backward
         return False
