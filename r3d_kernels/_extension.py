@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,38 @@ import torch
 
 error: ImportError | None = None  # why the library could not be loaded
 path: Path | None = None
+
+
+def _mapped() -> set[str]:
+    """The files in this process's memory, " (deleted)" behind what was replaced since; none where nobody tells."""
+    try:
+        text = Path("/proc/self/maps").read_text(errors="surrogateescape")
+    except OSError:
+        return set()
+    # address, permissions, offset, device, inode, and the path where there is one
+    return {fields[5] for line in text.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
+
+
+def _refuse_a_second_copy() -> None:
+    """Raises ImportError where another file has registered our operators: torch would end the process."""
+    try:
+        torch.ops.r3d_kernels.conv3d_direct  # noqa: B018 - whether it is there
+    except AttributeError:
+        return
+    spec = importlib.util.find_spec("r3d_kernels._C")
+    files = _mapped()
+    if spec is None or spec.origin is None or not files or os.path.realpath(spec.origin) in files:
+        return  # nothing to load, or the same file once more
+    name = os.path.basename(spec.origin)
+    names = sorted(file for file in files if os.path.basename(file).removesuffix(" (deleted)") == name)
+    others = [file for file in names if "r3d_kernels" in file] or names or ["a file of another name"]
+    raise ImportError(
+        f"two copies of r3d_kernels in one process: {others[0]} has registered torch.ops.r3d_kernels, so "
+        f"{spec.origin} cannot be loaded beside it; keep one of them on sys.path and start Python anew"
+    )
+
+
+_refuse_a_second_copy()
 
 try:
     _module = importlib.import_module("r3d_kernels._C")

@@ -11,6 +11,7 @@ raises `VideoError` with one line that names the path and the reason.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _STATES_DURATION = {"mov", "mp4", "matroska", "webm", "avi"}
 # A file may end this much earlier than its header says before it counts as truncated: muxers round, and drop
 # or hold the last frames.
 _SLACK_FRACTION, _SLACK_FRAMES = 0.05, 3
+_MOST_SIZE = 1 << 16
 
 
 class VideoError(ValueError):
@@ -224,11 +226,29 @@ def _rgb(frame: av.video.frame.VideoFrame, size: tuple[int, int] | None) -> Tens
     return torch.rot90(pixels, quarter_turns, (0, 1)) if quarter_turns else pixels
 
 
-def _count(name: str, value: int, minimum: int) -> int:
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinity where the system does not tell."""
+    try:
+        return max(0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) or math.inf
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _check_window(frames: int, first: Tensor) -> None:
+    """Raises ValueError at the first frame where so many like it are more than the memory holds."""
+    if frames * first.numel() > physical_memory():
+        most = int(physical_memory() // first.numel())
+        size = "x".join(map(str, first.shape[:2]))
+        raise ValueError(f"frames must be 1 to {most}, more of {size} do not fit the memory, got {frames}")
+
+
+def _count(name: str, value: int, minimum: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be {minimum} to {most}, got {value}")
     return value
 
 
@@ -285,6 +305,8 @@ def read_clip(path: str | os.PathLike[str], frames: int = 16, start: int = 0, st
             size = size or (frame.width, frame.height)
             if seen > start and (seen - 1 - start) % stride == 0:
                 clip.append(_rgb(frame, size))
+                if len(clip) == 1:
+                    _check_window(frames, clip[0])
                 if len(clip) == frames:
                     break
     if not clip:
@@ -315,6 +337,8 @@ def _iter_clips(path: str | os.PathLike[str], frames: int, stride: int) -> Itera
                 skip -= 1
                 continue
             window.append(_rgb(frame, size))
+            if len(window) == 1:
+                _check_window(frames, window[0])
             if len(window) == frames:
                 yield torch.stack(window)
                 skip = max(0, stride - frames)
@@ -352,7 +376,7 @@ class Transform:
             preset.resize if isinstance(preset.resize, int) else _pair("resize", preset.resize)
         )
         if size is not None:
-            _count("size", size, 1)
+            _count("size", size, 1, _MOST_SIZE)
             scale = size / min(self.crop)
             if isinstance(self.resize, int):
                 self.resize = round(self.resize * scale)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from r3d_kernels import video
+from r3d_kernels.models.checkpoint import PRESETS
 from r3d_kernels.video import Transform, VideoError, iter_clips, probe, read_clip, sample_clip
 
 CLIP = sample_clip()
@@ -391,3 +392,18 @@ def test_transform_checks_its_clip(clip, error, message):
 def test_transform_checks_its_preset(change, message):
     with pytest.raises(ValueError, match=message):
         Transform(SimpleNamespace(**{**vars(HARA), **change}))
+
+
+@pytest.mark.parametrize("frames", [10**11, 1 << 62])
+def test_windows_that_no_memory_holds(frames):
+    """Said at the first frame, before the others are decoded or anything is repeated."""
+    path = sample_clip()
+    with pytest.raises(ValueError, match=rf"frames must be 1 to \d+, .* 272x640 .*, got {frames}"):
+        read_clip(path, frames)
+    with pytest.raises(ValueError, match="frames must be 1 to"):
+        next(iter_clips(path, frames))
+
+
+def test_a_crop_that_no_memory_holds():
+    with pytest.raises(ValueError, match="size must be 1 to 65536, got 99999999999"):
+        Transform(PRESETS["hara"], size=99999999999)

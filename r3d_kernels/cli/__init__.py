@@ -14,8 +14,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
 
 from r3d_kernels._version import __version__
 from r3d_kernels.cli.common import PROG, CliError, one_line
@@ -53,8 +54,15 @@ def _parser() -> _Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; never raises but with `R3D_KERNELS_DEBUG=1`."""
+    with _escaping(sys.stderr):
+        return _told(argv)
+
+
+def _told(argv: Sequence[str] | None) -> int:
+    """The exit code; errors are told in one line."""
     try:
-        code = _run(argv)
+        with _escaping(sys.stdout):
+            code = _run(argv)
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
         return code
     except BrokenPipeError:
@@ -74,6 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(f"{PROG}: error: {message}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _escaping(stream: TextIO) -> Iterator[None]:
+    """What the stream's encoding lacks is written with escapes meanwhile: a file name must not end the command."""
+    before = getattr(stream, "errors", None)
+    reconfigure = getattr(stream, "reconfigure", None)
+    if before != "strict" or reconfigure is None:
+        yield
+        return
+    reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        reconfigure(errors=before)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,15 +59,45 @@ def console(*, stderr: bool = False) -> Console:
 # -- arguments ---------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """The argparse type of a count."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
+MOST = 1 << 16  # frames, pixels along a side, clips at once
+MOST_THREADS = 1024
+MOST_COUNTED = 1_000_000  # of what takes no memory
+
+
+def whole(most: int) -> Callable[[str], int]:
+    """The argparse type of a whole number from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
+        if not 1 <= value <= most:
+            shown = text if len(text) <= 40 else f"{text[:37]}..."
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}, got {shown!r}")
+        return value
+
+    return parse
+
+
+positive = whole(MOST)
+
+
+def check_clips(batch: int, channels: int, frames: int, size: int) -> None:
+    """Fails before memory is taken, not by taking all of it, where the clips alone are more than there is."""
+    from r3d_kernels.video import physical_memory
+
+    needed, there = 4 * batch * channels * frames * size * size, physical_memory()
+    if needed > there:
+        raise CliError(
+            f"--batch {batch} --frames {frames} --size {size}: clips of {needed / 2**30:.1f} GiB in float32, "
+            f"this machine has {there / 2**30:.1f} GiB of memory"
+        )
+
+
+def printable(text: str) -> str:
+    """A file name for people: bytes that are no UTF-8 as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +109,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda", "auto"), default="auto", help="auto: a GPU if there is one"
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: torch's own choice)"
+        "--threads", type=whole(MOST_THREADS), metavar="N", help="CPU threads (default: torch's own choice)"
     )
 
 
@@ -171,6 +201,12 @@ def set_fused(model: nn.Module, fused: bool) -> nn.Module:
 def check_writable(option: str, path: str) -> None:
     """Fails before the long computation, not after it, where `path` cannot be written."""
     folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:  # a name that is too long, say
+        raise CliError(f"{option} {path}: {(e.strerror or str(e)).lower()}") from e
     if os.path.isdir(path):
         raise CliError(f"{option} {path}: is a directory")
     if not os.path.isdir(folder):
@@ -224,7 +260,8 @@ def write_atomically(path: str, data: bytes) -> None:
         target.write_bytes(data)
         return
     target = Path(os.path.realpath(target))  # through a link, not over it
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the whole name: it may be as long as names can be.
+    aside = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(data)
         os.replace(aside, target)

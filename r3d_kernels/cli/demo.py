@@ -59,7 +59,11 @@ class Run:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments_of_inputs(parser)
     parser.add_argument(
-        "--repeats", type=common.positive, default=7, metavar="N", help="timed runs of each (default 7)"
+        "--repeats",
+        type=common.whole(common.MOST_COUNTED),
+        default=7,
+        metavar="N",
+        help="timed runs of each (default 7)",
     )
     parser.add_argument(
         "--out", default="r3d_demo.png", metavar="PNG", help="the picture (default ./r3d_demo.png)"
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     out, err = common.console(), common.console(stderr=True)
     common.check_writable("--out", args.out)
     common.check_model_arguments(args.arch, args.weights)
+    common.check_clips(max(args.batch, CALIBRATION_CLIPS), 3, args.frames, args.size)
     device = common.pick_device(args.device)
     dtype = getattr(torch, common.DTYPES[args.dtype])
     with common.threads(args.threads), torch.inference_mode(), err.status("") as status:
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
         where = f"{geometry} {args.dtype} on {common.device_name(device)}"
         picture = draw(
-            title=f"{name} on {os.path.basename(path)}",
+            title=f"{name} on {common.printable(os.path.basename(path))}",
             subtitle=f"{where}, median of {args.repeats} interleaved runs",
             footer=verdict.text,
             frames=shown,

@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="FILE", help="class names: .txt, one a line, or .json, list or dict"
     )
     parser.add_argument(
-        "--topk", type=common.positive, default=5, metavar="K", help="classes a video (default 5)"
+        "--topk",
+        type=common.whole(common.MOST_COUNTED),
+        default=5,
+        metavar="K",
+        help="classes a video (default 5)",
     )
     parser.add_argument(
         "--json", metavar="OUT", help="write JSON to this file ('-': stdout) instead of a table"
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--clip-stride",
-        type=common.positive,
+        type=common.whole(common.MOST_COUNTED),
         default=16,
         metavar="N",
         help="frames between two clips (default 16)",
@@ -96,10 +100,11 @@ def run(args: argparse.Namespace) -> int:
         err.print(f"note: {describe_preset(facts)}", soft_wrap=True, markup=False)
         transform = Transform(facts, size=args.size)
         frames = args.frames or facts.frames
+        common.check_clips(1, 3, frames, args.size or facts.crop_size)  # a batch has no more than there are
         dtype = getattr(torch, common.DTYPES[args.dtype])
         model = model.to(device, dtype)
         for video in dict.fromkeys(args.videos):  # each once
-            task = progress.add_task(os.path.basename(video), total=None)
+            task = progress.add_task(common.printable(os.path.basename(video)), total=None)
             try:
                 scores = score(
                     model,

@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda", "auto"), default="auto", help="auto: a GPU if there is one"
     )
     parser.add_argument(
-        "--threads", type=common.positive, metavar="N", help="CPU threads (default: torch's own choice)"
+        "--threads",
+        type=common.whole(common.MOST_THREADS),
+        metavar="N",
+        help="CPU threads (default: torch's own choice)",
     )
     forget = parser.add_mutually_exclusive_group()
     forget.add_argument(
@@ -165,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
         common.check_writable("--json", args.json)
     if not tuning.enabled():
         raise CliError("R3D_KERNELS_TUNE=0 forbids what this command does: unset it")
+    for batch in args.batch:
+        common.check_clips(batch, args.in_channels or 1, args.frames, args.size)
     device = common.pick_device(args.device)
     clip = (args.frames, args.size, args.size)
     with common.threads(args.threads), torch.inference_mode():

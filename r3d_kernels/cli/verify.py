@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, common.DTYPES[args.dtype])
     arch = args.arch or (None if args.weights else "r3d_18")
     count = max(args.batch, CALIBRATION_CLIPS)
+    common.check_clips(count, 1 if args.random else 3, args.frames, args.size)
     with common.threads(args.threads), torch.no_grad(), err.status("") as status:
         if args.random:
             path, source = None, "video    none, noise"

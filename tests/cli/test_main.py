@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -68,8 +69,8 @@ def test_help_of_each_command(capsys, name):
     [
         ([], "required: COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--frames", "0"], "--frames: must be a positive whole number, got '0'"),
-        (["demo", "--size", "big"], "--size: must be a positive whole number, got 'big'"),
+        (["demo", "--frames", "0"], "--frames: must be a whole number from 1 to 65536, got '0'"),
+        (["demo", "--size", "big"], "--size: must be a whole number from 1 to 65536, got 'big'"),
         (["demo", "--dtype", "fp8"], "--dtype: invalid choice: 'fp8'"),
         (["demo", "--shape", "1"], "unrecognized arguments: --shape"),
         (["predict", "a.mp4"], "one of the arguments --weights --random-weights is required"),
@@ -339,3 +340,67 @@ def test_any_report_is_valid_json(report, encoding):
 def test_notes_are_added_to_those_that_are_there():
     got = strictly(common.json_text({"a": [1.0, math.inf], "notes": ["one"]}))
     assert got == {"a": [1.0, None], "notes": ["one", "a[1] is inf, written as null"]}
+
+
+# --- numbers and names from the command line --------------------------------------------------------------
+
+COUNTS = {
+    "demo": ["--frames", "--size", "--batch", "--repeats", "--threads"],
+    "verify": ["--frames", "--size", "--batch", "--threads"],
+    "predict": ["--frames", "--size", "--batch", "--topk", "--clip-stride", "--threads"],
+    "tune": ["--frames", "--size", "--batch", "--in-channels", "--threads"],
+}
+FEWEST = {"demo": [], "verify": ["--random"], "predict": ["a.mp4", *RANDOM], "tune": []}
+
+
+@pytest.mark.parametrize(("command", "option"), [(c, o) for c, options in COUNTS.items() for o in options])
+@pytest.mark.parametrize(
+    "value", ["99999999999", "0", "-1", "1.5", "nan", "", "9" * 5000, "1e3"], ids=lambda v: v[:12]
+)
+def test_numbers_out_of_range(capsys, command, option, value):
+    assert main([command, *FEWEST[command], f"{option}={value}"]) == 2
+    line = error_line(capsys)
+    if value or command != "tune" or option != "--batch":
+        assert re.search(rf"{option}: must be a whole number from 1 to \d+, got '", line)
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize("command", ["demo", "verify", "predict", "tune"])
+def test_clips_that_no_memory_holds(capsys, monkeypatch, command):
+    """Each number is in its range, all of them together are not."""
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setattr("r3d_kernels.video.physical_memory", lambda: 2.0**34)
+    assert main([command, *FEWEST[command], "--frames", "65536", "--size", "65536"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--frames 65536 --size 65536: clips of " in line
+    assert line.endswith("this machine has 16.0 GiB of memory")
+
+
+@pytest.mark.parametrize("length", [255, 256, 5000])
+@pytest.mark.parametrize(
+    "argv", [["predict", "no.mp4", *RANDOM, "--json"], ["demo", "no.mp4", "--out"]], ids=" ".join
+)
+def test_names_as_long_as_they_get(capsys, tmp_path, argv, length):
+    path = tmp_path / ("x" * length)
+    assert main([*argv, str(path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ("file name too long" in line) == (length > 255)
+    if length <= 255:
+        common.write_atomically(str(path), b"done")
+        assert path.read_bytes() == b"done"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_text_that_stdout_lacks_is_escaped(monkeypatch, encoding):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(doctor, "examine", lambda: {"usable": True, "name": "a\udcff\U0001f600"})
+    monkeypatch.setattr(doctor, "to_text", lambda report: report["name"])
+    assert main(["doctor"]) == 0
+    assert stream.errors == "strict"  # as it was
+    assert raw.getvalue().decode(encoding) in ("a\\udcff\U0001f600\n", "a\\udcff\\U0001f600\n")
+    raw.seek(0)
+    raw.truncate()
+    assert main(["doctor", "--json"]) == 0
+    assert strictly(raw.getvalue().decode(encoding))["name"] == "a\udcff\U0001f600"

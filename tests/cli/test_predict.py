@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -215,3 +218,50 @@ def test_weights_with_nan(capsys, model, tmp_path):
     got = json.loads(captured.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [row["score"] for row in got["results"][CARPHONE]] == [None, None]
     assert got["notes"][0] == f"results.{CARPHONE}[0].score is nan, written as null"
+
+
+@pytest.fixture
+def strange(tmp_path) -> str:
+    """A clip whose name is no UTF-8."""
+    path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9 \xff.mp4")
+    try:
+        shutil.copy(CARPHONE, path)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    return path
+
+
+@pytest.mark.parametrize("out", ["-", "out.json"])
+def test_file_names_that_are_no_utf8(capsys, tmp_path, monkeypatch, weights, strange, out):
+    """Beside others, in JSON: nothing is lost, and the name can be told from it."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["predict", CARPHONE, strange, strange + ".none", "--weights", weights, "--json", out]
+    assert main([*argv, *SMALL, *ONE]) == 2  # for the last
+    captured = capsys.readouterr()
+    data = captured.out.encode() if out == "-" else Path(out).read_bytes()
+    results = json.loads(data)["results"]  # UTF-8
+    assert list(results) == [CARPHONE, strange]
+    assert results[strange] == results[CARPHONE]
+    assert os.fsencode(list(results)[1]).endswith(b"/caf\xe9 \xff.mp4")
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}])
+@pytest.mark.parametrize("json_out", [[], ["--json", "-"]])
+def test_file_names_that_are_no_utf8_in_a_process(weights, strange, locale, json_out):
+    argv = [sys.executable, "-m", "r3d_kernels", "predict", strange, "--weights", weights, *json_out]
+    environment = {**os.environ, "PYTHONPATH": str(Path(predict.__file__).parents[2]), **locale}
+    done = subprocess.run([*argv, *SMALL, *ONE], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # A locale may have Python write the bytes as they were.
+    assert b"caf\\udce9 \\udcff.mp4" in done.stdout or (not json_out and os.fsencode(strange) in done.stdout)
+
+
+def test_labels_that_no_encoding_has(capsys, tmp_path, weights):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(["\udcff", "\ud800", "\U0001f600", "a", "b", "c", "d"]))
+    for out in (["--json", "-"], []):
+        argv = ["predict", CARPHONE, "--weights", weights, "--labels", str(path), "--topk", "7", *out]
+        assert main([*argv, *SMALL, *ONE]) == 0
+        text = capsys.readouterr().out
+        text.encode()
+        assert "\\udcff" in text

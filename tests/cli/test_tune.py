@@ -214,9 +214,9 @@ def test_interrupted_it_keeps_what_it_has(capsys, monkeypatch, instant, cache) -
     [
         (["--arch", "r3d_18,r3d-50"], "unknown network 'r3d-50': did you mean r3d_50 or "),
         (["--arch", ","], "--arch: must name at least one, got ','"),
-        (["--batch", "1,0"], "--batch: must be a positive whole number, got '0'"),
+        (["--batch", "1,0"], "--batch: must be a whole number from 1 to 65536, got '0'"),
         (["--dtype", "fp32,fp8"], "--dtype: must be of fp32, bf16, got 'fp8'"),
-        (["--threads", "-1"], "--threads: must be a positive whole number"),
+        (["--threads", "-1"], "--threads: must be a whole number from 1 to 1024"),
         (["--weights", "none.pth"], "--weights none.pth: no such file"),
         (["--weights", "a.pth", "--arch", "r3d_18"], "--weights names the network itself: leave --arch out"),
         (

@@ -119,7 +119,7 @@ def test_noise_needs_no_video_packages_and_any_channels(capsys, monkeypatch):
         (["no/such.mp4"], "no/such.mp4: no such file"),
         (["--arch", "r3d-18"], "unknown network 'r3d-18': did you mean r3d_18 or "),
         (["--weights", "no/such.pth"], "--weights no/such.pth: no such file"),
-        (["--batch", "0"], "--batch: must be a positive whole number, got '0'"),
+        (["--batch", "0"], "--batch: must be a whole number from 1 to 65536, got '0'"),
         (["--dtype", "fp16"], "--dtype: invalid choice: 'fp16'"),
         (["--json", "no/such/file.json"], "--json no/such/file.json: there is no directory"),
         (["--json", "."], "--json .: is a directory"),
