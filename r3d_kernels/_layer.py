@@ -58,12 +58,12 @@ def _key(
 
     Version counters count in-place writes. Writes through `.data` escape them, and tensors made in inference mode have
     none (not `counted`). So what is copied is looked at in CPU memory: vectors as a whole; a weight not at all where
-    every kernel reads the parameter itself (_NOT_COPIED), else 512 cache lines at places that are as good as random
-    (_SAMPLED), or as a whole where nothing is counted (_ALL).
+    every kernel reads the parameter itself (_NOT_COPIED), else 32 bytes in each of 256 parts, at places as good as
+    random (_SAMPLED), or as a whole where nothing is counted (_ALL).
 
-    What is left: on a GPU contents are not looked at; and a write through `.data` to a fraction f of a large copied
-    weight, scattered, goes unseen with a probability of (1 - f) ** 8192. A contiguous write is seen for certain
-    from 2/512 of the weight on.
+    What is left: on a GPU contents are not looked at. On a CPU a write through `.data` to a fraction f of a large,
+    copied float32 weight, scattered, goes unseen with a probability of (1 - f) ** 2048; a contiguous one is seen for
+    certain from 2/256 of the weight on.
 
     Raises:
         RuntimeError: where a tensor has no counter, unless not `counted`; where memory was freed.

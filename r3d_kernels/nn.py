@@ -31,24 +31,12 @@ _NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 # What torch's classes do, to see whether somebody has replaced it since.
-_CALL, _CONV, _CONV_INNER, _NORM = (
-    nn.Module.__call__,
-    nn.Conv3d.forward,
-    nn.Conv3d._conv_forward,
-    nn.BatchNorm3d.forward,
-)
+_Conv3d = nn.Conv3d
+_CALL, _CONV, _CONV_INNER = nn.Module.__call__, nn.Conv3d.forward, nn.Conv3d._conv_forward
+_NORM_FORWARDS = tuple(norm.forward for norm in _NORMS)
 # Hooks on every module there is: the dictionaries themselves, which torch fills in place.
-_GLOBAL_HOOKS = (
-    _module._global_forward_hooks,
-    _module._global_forward_pre_hooks,
-    _module._global_backward_hooks,
-    _module._global_backward_pre_hooks,
-)
-
-
-def _watched_globally() -> bool:
-    a, b, c, d = _GLOBAL_HOOKS
-    return bool(a or b or c or d)
+_FORWARD_HOOKS, _FORWARD_PRE_HOOKS = _module._global_forward_hooks, _module._global_forward_pre_hooks
+_BACKWARD_HOOKS, _BACKWARD_PRE_HOOKS = _module._global_backward_hooks, _module._global_backward_pre_hooks
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -64,7 +52,10 @@ def has_hooks(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
         or "_conv_forward" in own
-        or _watched_globally()
+        or _FORWARD_HOOKS
+        or _FORWARD_PRE_HOOKS
+        or _BACKWARD_HOOKS
+        or _BACKWARD_PRE_HOOKS
     )
 
 
@@ -79,7 +70,7 @@ def _is_plain_conv(cls: type[nn.Module]) -> bool:
 
 
 def _is_plain_norm(cls: type[nn.Module]) -> bool:
-    return cls in _NORMS and cls.__call__ is _CALL and (cls is not nn.BatchNorm3d or cls.forward is _NORM)
+    return cls in _NORMS and cls.__call__ is _CALL and cls.forward in _NORM_FORWARDS
 
 
 def _is_parametrized(module: nn.Module) -> bool:
@@ -168,14 +159,22 @@ def _settled(
     answers of plain inference: every layer of every pass comes here, and a GPU may need less time for a layer than
     Python. Modules' dicts are read directly, which is several times faster than their attributes.
     """
-    own = conv.__dict__
+    own, cls = conv.__dict__, type(conv)
     state = own.get(ATTRIBUTE)
     if (
         state is None
         or state.owner is None  # a copy belongs to nobody yet
-        or not _is_plain_conv(type(conv))
+        or (cls is not _Conv3d and not issubclass(cls, _Conv3d))  # `_is_plain_conv`
+        or cls.forward is not _CONV
+        or cls._conv_forward is not _CONV_INNER
+        or cls.__call__ is not _CALL
         or own["_modules"]  # parametrized
-        or has_hooks(conv)
+        or own["_forward_hooks"]  # `has_hooks`, but for backward hooks: no gradient is asked for here
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_conv_forward" in own
+        or _FORWARD_HOOKS
+        or _FORWARD_PRE_HOOKS
         or own["padding_mode"] != "zeros"
         or type(x) not in TENSORS
         or x.layout is not torch.strided
@@ -191,7 +190,16 @@ def _settled(
     norm = None
     if bn is not None:
         own_bn = bn.__dict__
-        if not _is_plain_norm(type(bn)) or own_bn["training"] or own_bn["_modules"] or has_hooks(bn):
+        if (
+            type(bn) not in _NORMS
+            or type(bn).forward not in _NORM_FORWARDS
+            or type(bn).__call__ is not _CALL
+            or own_bn["training"]
+            or own_bn["_modules"]
+            or own_bn["_forward_hooks"]
+            or own_bn["_forward_pre_hooks"]
+            or "forward" in own_bn
+        ):
             return None
         affine, statistics = own_bn["_parameters"], own_bn["_buffers"]
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
