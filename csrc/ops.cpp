@@ -413,6 +413,7 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
   // contents: what of the first tensor, a weight, is read: 0 nothing, 1 samples, 2 all
   m.def("fingerprint(Tensor[] tensors, int contents) -> int");
   m.def("describe() -> str");
+  m.def("release_free_outputs() -> ()");
 #ifdef R3D_WITH_CUDA
   m.def("conv3d_sm80_pack(Tensor weight, ScalarType dtype, int[] stride, int[] dilation) -> Tensor");
   m.def(
@@ -457,5 +458,6 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {
   m.impl("conv3d_check", TORCH_BOX(&r3d::conv3d_check));
   m.impl("describe", TORCH_BOX(&r3d::describe));
+  m.impl("release_free_outputs", TORCH_BOX(&r3d::cpu::release_free));
   m.impl("fingerprint", TORCH_BOX(&r3d::fingerprint));
 }

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from r3d_kernels import _extension
+
 __all__ = ["cpu_flags", "cpu_model", "release_free_memory"]
 
 
@@ -46,7 +50,9 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def release_free_memory() -> None:
-    """Gives memory that nobody uses back to the system, where the allocator can."""
+    """Gives memory that nobody uses back to the system: outputs that wait to be used again, and the allocator's."""
+    if _extension.error is None:
+        torch.ops.r3d_kernels.release_free_outputs()
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

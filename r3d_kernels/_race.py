@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r3d_kernels import tuning
+from r3d_kernels import _cpu, tuning
 from r3d_kernels._kernel import Kernel, Request
 
-__all__ = ["Packs", "measure", "piece", "synchronize"]
+__all__ = ["Packs", "corner", "measure", "piece", "synchronize"]
 
 _MOST_UNFOLDED = 16 << 20  # bytes that the stock layers may unfold an input to only to be measured
 _SURELY_SLOWER = 1.3  # stock layers measured on a piece and this far behind are out
+_MOST_MACS = 16 << 30  # multiply-adds of a CPU layer beyond which all kernels are measured on a part
+# Bytes of output beyond which a kernel's memory is given back before the next one runs
+_MOST_WAITING = 32 << 20
 _BUDGET = 0.1  # seconds of repetitions for one layer, after which no round begins
 _THREE_ROUNDS = 0.5  # seconds that the first three rounds may take beyond it: short calls are noisy
 
@@ -60,12 +63,69 @@ def piece(
     return replace(request, problem=part), x[:, :, :depth], cut
 
 
+def _shortened(
+    x: Tensor, residual: Tensor | None, request: Request
+) -> tuple[Request, Tensor, Tensor | None] | None:
+    """The first clips, then the first planes of one, where the whole would take seconds with each kernel."""
+    p = request.problem
+    if request.device.type != "cpu" or p.macs <= _MOST_MACS:
+        return None
+    clips, depth = p.n, p.d
+    part = p
+    while part.macs > _MOST_MACS and (clips > 1 or depth > 1):
+        clips, depth = ((clips + 1) // 2, depth) if clips > 1 else (1, (depth + 1) // 2)
+        try:
+            part = replace(p, n=clips, d=depth).validate()
+        except ValueError:  # fewer planes than the kernel is deep
+            break
+    if part.macs == p.macs:
+        return None
+    cut = None if residual is None else residual[: part.n, :, : part.out_size[0]]
+    return replace(request, problem=part), x[: part.n, :, : part.d], cut
+
+
+def corner(
+    x: Tensor, residual: Tensor | None, request: Request
+) -> tuple[Request, Tensor, Tensor | None, tuple[int, int]]:
+    """As little of a large layer as the stock layers take little memory for, to compare results by.
+
+    Returns:
+        The first planes and rows, and how many of its output planes and rows the whole has too: the cut ends in
+        padding where the whole goes on, so the last ones are others.
+    """
+    p = request.problem
+    whole_unfolded = p.n * p.c * math.prod(p.kernel) * math.prod(p.out_size) * request.dtype.itemsize
+    if request.device.type != "cpu" or whole_unfolded <= _MOST_UNFOLDED:
+        return request, x, residual, p.out_size[:2]
+    # How far the first output's window reaches: at least that much is kept.
+    least = [max(1, d * (k - 1) - e + 1) for k, e, d in zip(p.kernel, p.padding, p.dilation, strict=True)]
+    size, unfolded = [p.d, p.h], whole_unfolded
+    for axis, whole in enumerate((p.d, p.h)):
+        while size[axis] > least[axis] and unfolded > _MOST_UNFOLDED:
+            size[axis] = max(least[axis], (size[axis] + 1) // 2)
+            unfolded = whole_unfolded * size[0] // p.d * size[1] // p.h
+        size[axis] = min(size[axis], whole)
+    part = replace(p, d=size[0], h=size[1]).validate()
+    same = tuple(
+        whole_out if cut == whole else min(cut_out, (cut - first) // stride + 1)
+        for cut, whole, first, stride, cut_out, whole_out in zip(
+            size, (p.d, p.h), least[:2], p.stride[:2], part.out_size[:2], p.out_size[:2], strict=True
+        )
+    )
+    rest = None if residual is None else residual[:, :, : part.out_size[0], : part.out_size[1]]
+    return replace(request, problem=part), x[:, :, : size[0], : size[1]], rest, same
+
+
 def measure(
     kernels: list[Kernel], packs: dict[str, Any], x: Tensor, residual: Tensor | None, request: Request
 ) -> dict[str, float]:
     """Best seconds of each kernel; the stock layers may be timed on a part and scaled."""
     if request.device.type == "cuda":
         return _race_on_gpu(kernels, packs, x, residual, request)
+    if (shorter := _shortened(x, residual, request)) is not None:
+        part, x, residual = shorter
+        longer = request.problem.macs / part.problem.macs
+        return {name: s * longer for name, s in measure(kernels, packs, x, residual, part).items()}
     stock = next((k for k in kernels if k.name == "stock"), None)
     others = [k for k in kernels if k is not stock]
     if stock is None or not others:
@@ -143,7 +203,11 @@ def _race(
     there, and the median one of a busy moment: three calls give the best, twelve the fourth.
     """
 
+    waits = request.device.type == "cpu" and math.prod(request.problem.out_shape) * 4 > _MOST_WAITING
+
     def once(kernel: Kernel) -> float:
+        if waits:  # what the last one used would add to the peak
+            _cpu.release_free_memory()
         synchronize(request.device)
         start = time.perf_counter()
         kernel.run(packs[kernel.name], x, residual, request)

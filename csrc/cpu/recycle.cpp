@@ -109,4 +109,12 @@ void give_back(void* memory) {
   for (int i = 0; i < count; ++i) to_system(out[i].at);
 }
 
+void release_free() {
+  Block out[kFree];
+  int count = 0;
+  if (const Lock lock{})
+    while (g_free_count) out[count++] = remove_free(0);
+  for (int i = 0; i < count; ++i) to_system(out[i].at);
+}
+
 }  // namespace r3d::cpu

@@ -13,4 +13,7 @@ constexpr int64_t kRecycledFrom = 1 << 20;  // bytes; smaller requests are the s
 void* take(int64_t bytes);
 void give_back(void* memory);
 
+// What waits to be used again goes back to the system.
+void release_free();
+
 }  // namespace r3d::cpu
