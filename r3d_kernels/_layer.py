@@ -133,10 +133,20 @@ def _call(
 class LayerState:
     """Packs and plans of one convolution with its batch norm. Shared by threads; copies and pickles are empty."""
 
+    _living = 0
+
     def __init__(self) -> None:
+        LayerState._living += 1
+        weakref.finalize(self, LayerState._gone).atexit = False
         self._lock = _fork.Lock()
         self._snapshot: _Snapshot | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # the module that runs it
+
+    @staticmethod
+    def _gone() -> None:
+        LayerState._living -= 1
+        if LayerState._living == 0:  # the last model's outputs have nobody to wait for
+            _cpu.release_free_memory()
 
     def __deepcopy__(self, memo: object) -> LayerState:
         return LayerState()

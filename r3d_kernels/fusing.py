@@ -105,7 +105,7 @@ def max_pool(x: Tensor, pool: nn.MaxPool3d) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- what a trace depends on
 
-_MISSING = object()
+_MISSING, _TENSOR = object(), object()  # no value; some tensor, which nodes look up at each call
 _Read = tuple[Mapping[str, Any], str, Any]  # where a value was read, by which name, and what it was
 
 
@@ -138,7 +138,13 @@ def _snapshot(value: Any) -> Any:
     """What a value is compared with later: itself where it never changes, a copy of a container."""
     if isinstance(value, tuple):
         parts = [_snapshot(v) for v in value]
-        return tuple(parts) if type(value) is tuple else value
+        if type(value) is tuple:
+            return tuple(parts)
+        if hasattr(value, "_make"):  # a named tuple
+            return value._make(parts)
+        if all(map(operator.is_, parts, value)):
+            return value
+        raise _CanChangeError
     if isinstance(value, _CONSTANT) or type(value).__module__ in ("typing", "torch._ops"):
         return value
     if type(value) is list:
@@ -155,7 +161,12 @@ def _snapshot(value: Any) -> Any:
 def _unchanged(reads: list[_Read]) -> bool:
     for where, name, was in reads:  # a loop, not all(): this runs at every call
         now = where.get(name, _MISSING)
-        if now is not was and (type(now) is not type(was) or now != was):
+        if now is was:
+            continue
+        if was is _TENSOR:
+            if now is None or now is _MISSING:
+                return False
+        elif type(now) is not type(was) or now != was:
             return False
     return True
 
@@ -177,6 +188,23 @@ class _Variable(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return 0
+
+
+def _present(members: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in members.items() if value is not None)
+
+
+class _Names(_Variable):
+    """Those of a module's parameters, or buffers."""
+
+    def __init__(self, of: dict[str, Any]) -> None:
+        self._of = of
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return _present(self._of)
+
+    def __getitem__(self, name: str) -> Any:
+        return _present(self._of)
 
 
 _OPAQUE = {*sys.stdlib_module_names, "torch", "functorch", "numpy", "r3d_kernels"} - {"__main__"}
@@ -319,6 +347,7 @@ class _Operators(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_MEMBERS = ("_modules", "_parameters", "_buffers")
 _INTERNAL = {*vars(nn.Module()), "__class__", "__call__"} - {"training"}
 
 
@@ -334,6 +363,7 @@ class _Watch:
         self.refused: str | None = None  # the first reason
         self.reads: dict[tuple[int, str], _Read] = {}
         self.flags: dict[int, dict[str, Any]] = {}  # modules whose training flag was read
+        self.holders: dict[int, nn.Module] = {}  # modules whose children were looked through
         self._thread = threading.get_ident()
         self._variables: dict[int, _Variable] = {}
         self._known: dict[types.CodeType, tuple[str, bool]] = {}
@@ -344,8 +374,16 @@ class _Watch:
         watch = self
 
         def read(self: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(self, name)
-            if name not in _INTERNAL and threading.get_ident() == watch._thread:
+            mine = threading.get_ident() == watch._thread
+            try:
+                value = object.__getattribute__(self, name)
+            except AttributeError:
+                if mine and name not in _INTERNAL:
+                    watch._member(self, name, sys._getframe(1))
+                raise
+            if mine and name in _MEMBERS:
+                watch._members(self, name, value, sys._getframe(1))
+            elif mine and name not in _INTERNAL:
                 watch._attribute(self, name, value, sys._getframe(1))
             return value
 
@@ -494,6 +532,33 @@ class _Watch:
             self._value(own, name, value)
         elif self.of_class(_original(type(module)), name) or not _is_in(by, ("torch", "r3d_kernels")):
             self._keep(own, name, _MISSING)
+
+    def _member(self, module: nn.Module, name: str, reader: types.FrameType) -> None:
+        """One that torch looks up, or that is not there: whether there is one decides branches."""
+        if _is_in(str(reader.f_globals.get("__name__", "")), ("torch.fx", "r3d_kernels")):
+            return
+        own = object.__getattribute__(module, "__dict__")
+        groups = [own[group] for group in _MEMBERS if group in own]
+        for group in groups:
+            if name in group:
+                value = group[name]
+                self._keep(group, name, _TENSOR if isinstance(value, Tensor) else value)
+                return
+        for where in (own, *groups):
+            self._keep(where, name, _MISSING)
+
+    def _members(self, module: nn.Module, name: str, value: Any, reader: types.FrameType) -> None:
+        """All of a kind: a loop over a list of modules, `parameters()`."""
+        frame: types.FrameType | None = reader
+        while frame is not None and _is_in(self._module(frame)[0], ("torch.nn",)):
+            frame = frame.f_back
+        if not self._module(frame)[1]:
+            return  # fx, which looks through everything
+        if name == "_modules":
+            self.holders[id(module)] = module
+        elif id(value) not in self._variables:
+            names = self._variables[id(value)] = _Names(value)
+            self._keep(names, name, _present(value))
 
     def of_class(self, cls: type, name: str) -> bool:
         """Notes an attribute that comes from a class; whether it is none of torch's."""
@@ -665,6 +730,7 @@ class _Trace(NamedTuple):
     inlined: list[nn.Module]  # modules that are part of it and not called
     reads: list[_Read]
     flags: list[dict[str, Any]]  # of modules whose training flag was read
+    holders: list[nn.Module]  # modules whose children were looked through
 
 
 _tracing = threading.RLock()  # fx, and the watch, patch torch while they trace
@@ -709,7 +775,9 @@ def _trace_once(module: nn.Module, inlines: bool) -> _Trace | str:
     if graph is None:
         return failed or ""
     flags = {**watch.flags, **{id(vars(m)): vars(m) for m in tracer.inlined}}
-    return _Trace(graph, tracer.inlined, [*watch.reads.values()], [*flags.values()])
+    return _Trace(
+        graph, tracer.inlined, [*watch.reads.values()], [*flags.values()], [*watch.holders.values()]
+    )
 
 
 _IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in _ASSIGNMENTS)}
@@ -916,6 +984,7 @@ class _Plan:
     def make(self, module: nn.Module) -> None:
         self.run, self.why, self._compared = None, None, False
         self._inlined, self._reads, self._flags, self._owns, self._cells = [], [], [], [], False
+        holders: list[nn.Module] = []
         traced = _traced(module) if self._traces < _MOST_TRACES else "its forward reads what keeps changing"
         self._traces += 1
         if isinstance(traced, str):
@@ -931,8 +1000,12 @@ class _Plan:
                 self._cells = any(isinstance(where, _Variable) for where, _, _ in traced.reads)
                 self._owns = [*{id(m): vars(m) for m in (*matcher.absorbed, *matcher.called)}.values()]
                 self.run = names["forward"]
-            self._inlined = traced.inlined
-        self._parts = [(m._modules, [*m._modules.values()]) for m in (module, *self._inlined)]
+            self._inlined, holders = traced.inlined, traced.holders
+        # one entry each: a container may be looked through and inlined
+        looked_at = {id(m): m for m in (module, *self._inlined, *holders)}.values()
+        self._parts = [(m._modules, [*m._modules.values()]) for m in looked_at]
+        compared = {id(now) for now, _ in self._parts}
+        self._reads = [read for read in self._reads if id(read[0]) not in compared]
 
     def runs(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether this call takes the fused way."""

@@ -676,6 +676,11 @@ class Settings:
         self.scale, self.inner = 1.0, types.SimpleNamespace(scale=1.0)
 
 
+class Pair(typing.NamedTuple):
+    scale: float
+    sizes: list[int]
+
+
 CONFIGURATION = Settings()
 
 
@@ -706,6 +711,12 @@ def way(body: Callable[[nn.Module, Tensor], Tensor], base: type[nn.Module] = Pla
             self.config, self.dtype, self.function = Settings(), torch.float32, torch.relu
             self.noise, self.inner = nn.Dropout3d(0.5), nn.Sequential(nn.Tanh())
             self.mean = torch.ones(1)
+            self.pair = Pair(1.0, [1, 1])
+            self.several, self.by_name = nn.ModuleList([nn.Tanh()]), nn.ModuleDict({"one": nn.Tanh()})
+            self.gain = nn.Parameter(torch.ones(1))
+            self.register_parameter("no_gain", None)
+            self.register_buffer("shift", torch.ones(1))
+            self.register_buffer("no_shift", None)
 
         @property
         def doubled(self) -> float:
@@ -932,6 +943,79 @@ VALUES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Modu
         lambda m, y: y + 1 if m.inner.training else y,
         lambda m, p: p.setattr(m.inner, "training", True),
     ),
+}
+
+
+def looped(m: nn.Module, y: Tensor) -> Tensor:
+    for layer in m.several:
+        y = layer(y)
+    return y
+
+
+def looked_up(m: nn.Module, y: Tensor) -> Tensor:
+    for name, layer in m.by_name.items():
+        y = layer(y) if name else y
+    return y
+
+
+def adds(name: str, value: Any, where: Callable[[nn.Module], nn.Module] = itself) -> Any:
+    """One that was not there, or was None: no `monkeypatch`, which would not leave it as it was."""
+
+    def change(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+        module = where(model)
+        was = getattr(module, name, MISSING)
+        setattr(module, name, value)
+        return lambda: delattr(module, name) if was is MISSING else setattr(module, name, was)
+
+    return change
+
+
+MISSING = object()
+
+
+def appends(model: nn.Module, monkeypatch: Any) -> Callable[[], Any]:
+    model.several.append(nn.Sigmoid())
+    return lambda: model.several.pop(1)
+
+
+def names_another(model: nn.Module, monkeypatch: Any) -> Callable[[], Any]:
+    model.by_name["other"] = nn.Sigmoid()
+    return lambda: model.by_name.pop("other")
+
+
+def registers(model: nn.Module, monkeypatch: Any) -> Callable[[], None]:
+    model.register_buffer("another", torch.ones(1))
+    return lambda: delattr(model, "another")
+
+
+def three() -> nn.Parameter:
+    return nn.Parameter(torch.full((1,), 3.0))
+
+
+# whether something is there, and how much of it: members of modules, which torch keeps apart from attributes
+VALUES |= {
+    "getattr's default": (lambda m, y: y * getattr(m, "missing", 1.0), adds("missing", 3.0)),
+    "hasattr": (lambda m, y: y * 3 if hasattr(m, "missing") else y, adds("missing", 3.0)),
+    "hasattr, a module": (lambda m, y: y * 3 if hasattr(m, "missing") else y, adds("missing", nn.Tanh())),
+    "hasattr, a parameter": (lambda m, y: y * 3 if hasattr(m, "missing") else y, adds("missing", three())),
+    "list of modules": (looped, appends),
+    "list of modules, its length": (lambda m, y: y * len(m.several), appends),
+    "list of modules, their types": (
+        lambda m, y: y * 3 if isinstance(m.several[0], nn.Sigmoid) else y,
+        adds("0", nn.Sigmoid(), lambda m: m.several),
+    ),
+    "dict of modules": (looked_up, names_another),
+    "no parameter": (lambda m, y: y if m.no_gain is None else y * m.no_gain, adds("no_gain", three())),
+    "no buffer": (
+        lambda m, y: y if m.no_shift is None else y * m.no_shift,
+        adds("no_shift", torch.ones(1) * 3),
+    ),
+    "parameter that goes": (lambda m, y: y * 3 if m.gain is None else y, adds("gain", None)),
+    "buffer that goes": (lambda m, y: y * 3 if m.shift is None else y, adds("shift", None)),
+    "parameters()": (lambda m, y: y * len(list(m.parameters())), adds("no_gain", three())),
+    "named_buffers()": (lambda m, y: y * len(dict(m.named_buffers())), registers),
+    "children()": (lambda m, y: y * len(list(m.children())), adds("missing", nn.Tanh())),
+    "named tuple": (lambda m, y: y * m.pair.sizes[0], puts(lambda m: m.pair.sizes)),
 }
 
 

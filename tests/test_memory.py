@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
 import torch
 
+import r3d_kernels as r3d
 from r3d_kernels import _cpu, ops
 from r3d_kernels._kernel import Request
+from r3d_kernels._layer import LayerState
 from r3d_kernels._race import corner
 from r3d_kernels.problems import ConvProblem
 
@@ -72,3 +75,17 @@ def test_a_corner_is_that_of_the_whole(kernel, stride, padding, dilation, monkey
     assert 1 <= h <= part.problem.out_size[1]
     assert part.problem.macs < p.macs
     torch.testing.assert_close(conv(cut, rest)[:, :, :d, :h], conv(x, residual)[:, :, :d, :h])
+
+
+def test_nothing_waits_once_the_last_layer_is_gone() -> None:
+    layers = [r3d.ConvBNAct3d(16, 64, 3, 1, 1).eval()]
+    x = torch.randn(1, 16, 16, 48, 48)
+    with torch.inference_mode():
+        layers[0](x)
+        with_output = resident_mib()
+        del layers[0]
+        gc.collect()
+    others = [o for o in gc.get_objects() if isinstance(o, LayerState)]
+    if not others:  # of other tests
+        assert resident_mib() < with_output - 64 * 16 * 48 * 48 * 4 / MIB / 2
+    assert LayerState._living == len(others)
