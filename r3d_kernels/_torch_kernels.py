@@ -46,7 +46,7 @@ class OneDnn:
             return "the batch is empty"
         if request.problem.groups != 1 and request.problem.residual:
             return "torch does not fuse a residual into a grouped convolution"
-        return _outside_onednn(request.problem)
+        return _outside_known(request.problem)
 
     def pack_key(self, request: Request) -> Hashable:
         p = request.problem
@@ -130,7 +130,7 @@ class CudnnFused:
             return f"has bfloat16 and float16 only, got {request.dtype}"
         if p.activation != "relu":
             return "always ends in a ReLU"
-        return None
+        return _outside_known(p)
 
     def pack_key(self, request: Request) -> Hashable:
         return request.dtype
@@ -189,12 +189,13 @@ class Stock:
         return y.relu_() if p.activation == "relu" else y
 
 
-def _outside_onednn(p: ConvProblem) -> str | None:
-    """None for the geometries that oneDNN is known to be right for, or which condition is not met.
+def _outside_known(p: ConvProblem) -> str | None:
+    """None for the geometries that fused library convolutions are known to be right for, or what is outside of them.
 
-    Known by tests/fuzz, not by its documentation. Outside of these it returned garbage, read memory that was not its
-    own or ended the process (torch 2.13): with one input channel, an output one wide and a stride along the width;
-    with padding, stride and dilation along an axis of one tap; with padding of at least the kernel.
+    Known by tests/fuzz for oneDNN, not by its documentation; cuDNN's, whose fuzz waits for a GPU, gets no more.
+    Outside of these oneDNN returned garbage, read memory that was not its own or ended the process (torch 2.13): with one input
+    channel, an output one wide and a stride along the width; with padding, stride and dilation along an axis of one
+    tap; with padding of at least the kernel.
     """
     if max(p.dilation) > 1:
         return f"not known to be right with dilation, got {p.dilation}"
