@@ -192,10 +192,10 @@ class Stock:
 def _outside_known(p: ConvProblem) -> str | None:
     """None for the geometries that fused library convolutions are known to be right for, or what is outside of them.
 
-    Known by tests/fuzz for oneDNN, not by its documentation; cuDNN's, whose fuzz waits for a GPU, gets no more.
-    Outside of these oneDNN returned garbage, read memory that was not its own or ended the process (torch 2.13): with one input
-    channel, an output one wide and a stride along the width; with padding, stride and dilation along an axis of one
-    tap; with padding of at least the kernel.
+    Known for oneDNN by tests/fuzz, not by its documentation; cuDNN's, whose fuzz waits for a GPU, gets no more. Outside
+    of these oneDNN returned garbage, read memory that was not its own or ended the process (torch 2.13): with one
+    input channel, an output one wide and a stride along the width; with padding, stride and dilation along an axis of
+    one tap; with padding of at least the kernel.
     """
     if max(p.dilation) > 1:
         return f"not known to be right with dilation, got {p.dilation}"
