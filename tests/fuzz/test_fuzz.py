@@ -41,7 +41,10 @@ def test_pools_and_head() -> None:
     assert not tally.findings, "\n".join(map(str, tally.findings))
 
 
-@pytest.mark.parametrize(("fault", "finding"), [("wrong", "wrong"), ("crash", "crash"), ("hang", "hang")])
+@pytest.mark.parametrize(
+    ("fault", "finding"),
+    [("wrong", "wrong"), ("crash", "crash"), ("hang", "hang"), ("overread", "crash"), ("overwrite", "wrong")],
+)
 def test_a_planted_kernel_is_found(fault: str, finding: str) -> None:
     tally = run(4, 60, plant=fault, only="planted", patience=10.0, most=2, first=200)
     assert tally.findings
@@ -50,8 +53,14 @@ def test_a_planted_kernel_is_found(fault: str, finding: str) -> None:
         assert found["kernel"] == f"planted {fault}"
     # and what it names is the case: drawn again, it has what the fault is about
     seed, index = map(int, tally.findings[0]["case"].split()[0].split(":"))
-    problem = draw(seed, index).problem
-    assert problem.out_size[2] % 4 == 3 if fault == "wrong" else problem.kernel == (3, 3, 3)
+    case = draw(seed, index)
+    if fault == "wrong":
+        assert case.problem.out_size[2] % 4 == 3
+    elif fault == "overread":
+        assert case.guard == "behind"
+        assert case.layout == "contiguous"
+    elif fault != "overwrite":
+        assert case.problem.kernel == (3, 3, 3)
 
 
 def test_a_planted_stale_pack_is_found() -> None:
