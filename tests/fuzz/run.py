@@ -56,6 +56,7 @@ def run(
     patience: float = 120.0,
     most: int = 50,
     unlisted: bool = False,
+    precision: str | None = None,
     until: float | None = None,
 ) -> Tally:
     """Runs `cases` cases in child processes, a new one behind each that ended early.
@@ -64,6 +65,7 @@ def run(
         patience: seconds without a word from the child, after which it hangs.
         most: findings after which the rest is left.
         unlisted: oneDNN runs beyond the geometries that it is known to be right for, too.
+        precision: of torch.set_float32_matmul_precision.
         until: time.time() after which the rest is left.
     """
     tally = Tally()
@@ -94,6 +96,7 @@ def run(
             command += [f"--only={only}"] if only else []
             command += [f"--plant={plant}"] if plant else []
             command += ["--unlisted"] if unlisted else []
+            command += [f"--precision={precision}"] if precision else []
             command += [f"--until={until}"] if until else []
             child = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -160,12 +163,13 @@ def _read(stream, lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def again(finding: dict, mode: str, strict: bool = False) -> str:
+def again(finding: dict, mode: str, strict: bool = False, precision: str | None = None) -> str:
     """The command that draws a finding's case again and runs it alone."""
     seed, index = _number(finding["case"])
     words = ["python tests/fuzz/run.py", f"--seed {seed} --first {index} --cases 1 --isa {finding['isa']}"]
     words += [f"--mode {mode}"] if mode != "convolution" else []
     words += ["--strict"] if strict else []
+    words += [f"--precision {precision}"] if precision else []
     words += ["--unlisted"] if finding["kernel"].endswith("anywhere") else []
     if mode == "convolution":
         words.append(f"--only {shlex.quote(finding['kernel'].split(', ')[0])}")
@@ -198,6 +202,7 @@ def main() -> int:
     parser.add_argument("--only", help="kernels with this in their name")
     parser.add_argument("--plant", choices=PLANTS, help="a fault to be found")
     parser.add_argument("--unlisted", action="store_true", help="oneDNN beyond its list of geometries, too")
+    parser.add_argument("--precision", choices=("high", "medium"), help="set_float32_matmul_precision")
     parser.add_argument("--seconds", type=float, help="for each instruction set; the cases beyond are left")
     parser.add_argument("--most", type=int, default=50, help="findings of a worker after which it stops")
     parser.add_argument("--strict", action="store_true", help="R3D_KERNELS_FP32=strict")
@@ -222,6 +227,7 @@ def main() -> int:
                 "strict": options.strict,
                 "unlisted": options.unlisted,
                 "most": options.most,
+                "precision": options.precision,
                 "until": until,
             }
             return run(options.seed, count, isa=isa, first=first, **how)
@@ -252,7 +258,7 @@ def main() -> int:
     print("  ".join(f"{name}: {count}" for name, count in total.counts.most_common()))
     for f in findings:
         print(f"{f['finding']}: {f['isa']}: {f['kernel']}: {f['what']}\n    {f['case']}")
-        print(f"    {again(f, options.mode, options.strict)}")
+        print(f"    {again(f, options.mode, options.strict, options.precision)}")
     shared = collections.Counter(edge for f in findings for edge in f.get("edges") or ["no edge"])
     for edge, count in shared.most_common():
         print(f"{count:6} findings have: {edge}")
