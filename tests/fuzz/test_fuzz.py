@@ -18,7 +18,7 @@ def assert_clean(tally: Tally, cases: int) -> None:
 @pytest.mark.parametrize("isa", [None, "scalar", "avx2"])
 def test_every_kernel_at_random_geometries(isa: str | None) -> None:
     if isa is None or isa in _here():
-        assert_clean(run(SEED, 700, isa=isa), 700)
+        assert_clean(run(SEED, 500, isa=isa), 500)
 
 
 def _here() -> tuple[str, ...]:
@@ -28,16 +28,16 @@ def _here() -> tuple[str, ...]:
 
 
 def test_strict_mode() -> None:
-    assert_clean(run(SEED + 1, 500, strict=True), 500)
+    assert_clean(run(SEED + 1, 300, strict=True), 300)
 
 
 def test_parameters_that_change() -> None:
-    tally = run(SEED, 150, mode="state")
+    tally = run(SEED, 100, mode="state")
     assert not tally.findings, "\n".join(map(str, tally.findings))
 
 
 def test_pools_and_head() -> None:
-    tally = run(SEED, 1000, mode="pools")
+    tally = run(SEED, 500, mode="pools")
     assert not tally.findings, "\n".join(map(str, tally.findings))
 
 
