@@ -209,7 +209,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", help="a file for the figures and findings")
     options = parser.parse_args()
-    isas = _here() if options.isa == "all" else (None,) if options.isa == "best" else options.isa.split(",")
+    isas = _here() if options.isa == "all" else options.isa.split(",")
+    isas = [None if isa == "best" else isa for isa in isas]
+    if unknown := set(isas) - {None, *_here()}:
+        parser.error(f"--isa: this processor has {', '.join(_here())}, got {', '.join(sorted(unknown))}")
     total, begin, findings = Tally(), time.monotonic(), []
     share = -(-options.cases // options.workers)
     rows = []
@@ -242,6 +245,9 @@ def main() -> int:
             f"{isa or 'best':12} {cases:8} geometries, {runs:9} runs of kernels, {len(found)} findings, "
             f"{rate:.0f} a minute"
         )
+        for f in found:
+            print(f"{f['finding']}: {f['isa']}: {f['kernel']}: {f['what']}\n    {f['case']}")
+            print(f"    {again(f, options.mode, options.strict, options.precision)}", flush=True)
         rows.append(
             {
                 "isa": isa or "best",
@@ -256,9 +262,6 @@ def main() -> int:
         total.cases += cases
         total.counts += counts
     print("  ".join(f"{name}: {count}" for name, count in total.counts.most_common()))
-    for f in findings:
-        print(f"{f['finding']}: {f['isa']}: {f['kernel']}: {f['what']}\n    {f['case']}")
-        print(f"    {again(f, options.mode, options.strict, options.precision)}")
     shared = collections.Counter(edge for f in findings for edge in f.get("edges") or ["no edge"])
     for edge, count in shared.most_common():
         print(f"{count:6} findings have: {edge}")
