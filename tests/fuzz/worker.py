@@ -148,7 +148,13 @@ def plant(fault: str | None) -> None:
 
 
 def _wrong(
-    y: Tensor, want: Tensor, before: Tensor, magnitude: float, limit: float, poisoned: bool
+    y: Tensor,
+    want: Tensor,
+    before: Tensor,
+    magnitude: float,
+    limit: float,
+    poisoned: bool,
+    few: bool = False,
 ) -> str | None:
     """None, or what is wrong. want: float64; before: the same before the activation."""
     if y.shape != want.shape:
@@ -165,15 +171,15 @@ def _wrong(
         y, want, before = y[rest], want[rest], before[rest]
     if not bool(y.isfinite().all()):
         return f"{int((~y.isfinite()).sum())} outputs are not finite"
-    distance, size = float((y - want).norm()), _size(want, before, magnitude)
+    distance, size = float((y - want).norm()), _size(want, before, magnitude, few)
     error = distance / size if size else distance
     return None if error <= limit else f"relative L2 error {error:.1e}, allowed {limit:.1e}"
 
 
-def _size(want: Tensor, before: Tensor, magnitude: float) -> float:
+def _size(want: Tensor, before: Tensor, magnitude: float, few: bool = False) -> float:
     """What errors are relative to."""
     size = float(want.norm())
-    if want.numel() < 64 or int((want != 0).sum()) < 32:
+    if few or want.numel() < 64 or int((want != 0).sum()) < 32:
         # A handful of outputs may cancel to nearly nothing: the size of the terms is the scale then.
         size = max(size, float(before.norm()), magnitude)
     # Where a ReLU leaves next to nothing, the errors are still those of what there was before it.
@@ -370,7 +376,8 @@ class Worker:
             )
             self.counts["head"] += 1
             limit = FLOAT32 if x.dtype == torch.float32 else BFLOAT16
-            if what := _wrong(y, before, before, size, limit, True):
+            few = x.shape[0] * x.shape[1] < 64  # means, which all outputs share
+            if what := _wrong(y, before, before, size, limit, True, few):
                 self.tell(case, "head", what)
 
 
