@@ -24,6 +24,7 @@ def problem_strategy(
     max_kernel: int = 4,
     max_stride: int = 3,
     max_dilation: int = 3,
+    max_beyond: int = 3,
     groups: bool = True,
     residual: bool | None = None,
     activation: str | None = "any",
@@ -32,7 +33,8 @@ def problem_strategy(
     """Small valid problems: unequal axes, tails in every dimension, input rows that no output reads.
 
     The output size is drawn rather than the input size, so that nearly every draw is valid and tails of the
-    output (what kernels get wrong) are as likely as full blocks. `residual` and `activation` fix those two;
+    output (what kernels get wrong) are as likely as full blocks. Padding may exceed the kernel by up to `max_beyond`,
+    and an axis of one tap may have padding and dilation. `residual` and `activation` fix those two;
     None and "any" draw them. Where a draw costs more than `max_macs`, channels and then the batch give way.
     """
     kernel, stride, padding, dilation, size = [], [], [], [], []
@@ -44,7 +46,9 @@ def problem_strategy(
             f = draw(st.integers(1, max_kernel))
             s = draw(st.integers(1, max_stride))
             dil = draw(st.integers(1, max_dilation))
-            p = draw(st.integers(0, min(dil * (f - 1), 4)))
+            # An eighth of the axes has padding beyond the kernel, also where it is one tap: whole windows lie on it.
+            beyond = max_beyond > 0 and draw(st.integers(0, 7)) == 0
+            p = draw(st.integers(0, f + max_beyond if beyond else min(dil * (f - 1), 4)))
         span = dil * (f - 1) + 1
         unread = draw(st.integers(0, s - 1))  # the last window may stop short of the end
         out = draw(st.integers(1, max_out))

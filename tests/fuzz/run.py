@@ -9,9 +9,12 @@ draws it again. The exit code is 1 where there is any.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import queue
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PLANTS = ("wrong", "crash", "hang", "overread", "overwrite", "stale")
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -31,8 +35,12 @@ class Tally:
     """What one sequence of cases gave."""
 
     cases: int = 0
-    runs: int = 0
-    findings: list[dict[str, str]] = field(default_factory=list)
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)  # runs by kernel
+    findings: list[dict] = field(default_factory=list)
+
+    @property
+    def runs(self) -> int:
+        return self.counts.total()
 
 
 def run(
@@ -47,12 +55,18 @@ def run(
     strict: bool = False,
     patience: float = 120.0,
     most: int = 50,
+    unlisted: bool = False,
+    precision: str | None = None,
+    until: float | None = None,
 ) -> Tally:
     """Runs `cases` cases in child processes, a new one behind each that ended early.
 
     Args:
         patience: seconds without a word from the child, after which it hangs.
         most: findings after which the rest is left.
+        unlisted: oneDNN runs beyond the geometries that it is known to be right for, too.
+        precision: of torch.set_float32_matmul_precision.
+        until: time.time() after which the rest is left.
     """
     tally = Tally()
     environment = os.environ | {
@@ -81,6 +95,9 @@ def run(
             command += [f"--cases={end - first}", f"--progress={progress}", *(f"--skip={s}" for s in skip)]
             command += [f"--only={only}"] if only else []
             command += [f"--plant={plant}"] if plant else []
+            command += ["--unlisted"] if unlisted else []
+            command += [f"--precision={precision}"] if precision else []
+            command += [f"--until={until}"] if until else []
             child = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
             )
@@ -91,7 +108,7 @@ def run(
                 target=lambda c=child, e=errors: e.append(c.stderr.read()), daemon=True
             )
             listener.start()
-            begin, runs, hung = first, 0, False
+            begin, counts, hung, done = first, {}, False, False
             while True:
                 try:
                     line = lines.get(timeout=patience)
@@ -103,27 +120,30 @@ def run(
                     break
                 told = json.loads(line)
                 if "finding" in told:
-                    tally.findings.append(told)
+                    if told not in tally.findings:  # told before the child ended early in the same case
+                        tally.findings.append(told)
                     if len(tally.findings) >= most:
                         child.kill()
                         break
                 else:
-                    first, runs = told["at"], told["runs"]
+                    first, counts, done = told["at"], told["runs"], told.get("done", False)
             code = child.wait()
             listener.join(5)
-            tally.runs += runs
-            tally.cases += first - begin
-            if code == 0 or len(tally.findings) >= most:
-                continue
+            tally.counts.update(counts)
             text = progress.read_text().strip()
+            if code != 0 and text:  # all cases before the one that ended it are done
+                first = _number(json.loads(text)["case"])[1]
+            tally.cases += first - begin
+            if done and code == 0:
+                break
+            if len(tally.findings) >= most:
+                continue
             if not text:
                 raise RuntimeError("".join(errors) or f"the worker ended with {code} before its first case")
             last = json.loads(text)
             what = "hangs" if hung else f"ended the process: {_reason(code, ''.join(errors))}"
             kind = "hang" if hung else "crash" if code < 0 else "error"
-            tally.findings.append(
-                {"finding": kind, "case": last["case"], "kernel": last["kernel"], "what": what}
-            )
+            tally.findings.append({"finding": kind, "what": what} | last)
             skip.append(last["key"])
     return tally
 
@@ -141,6 +161,25 @@ def _read(stream, lines: queue.Queue[str | None]) -> None:
     for line in stream:
         lines.put(line)
     lines.put(None)
+
+
+def again(finding: dict, mode: str, strict: bool = False, precision: str | None = None) -> str:
+    """The command that draws a finding's case again and runs it alone."""
+    seed, index = _number(finding["case"])
+    words = ["python tests/fuzz/run.py", f"--seed {seed} --first {index} --cases 1 --isa {finding['isa']}"]
+    words += [f"--mode {mode}"] if mode != "convolution" else []
+    words += ["--strict"] if strict else []
+    words += [f"--precision {precision}"] if precision else []
+    words += ["--unlisted"] if finding["kernel"].endswith("anywhere") else []
+    if mode == "convolution":
+        words.append(f"--only {shlex.quote(finding['kernel'].split(', ')[0])}")
+    return " ".join(words)
+
+
+def _number(case: str) -> tuple[int, int]:
+    """seed and index of a case as it is printed"""
+    seed, index = re.search(r"(\d+):(\d+)", case).groups()
+    return int(seed), int(index)
 
 
 def _reason(code: int, errors: str) -> str:
@@ -161,38 +200,54 @@ def main() -> int:
     parser.add_argument("--isa", default="best", help="one, several with commas, 'all', or the 'best' here")
     parser.add_argument("--mode", default="convolution", choices=("convolution", "state", "pools"))
     parser.add_argument("--only", help="kernels with this in their name")
-    parser.add_argument("--plant", choices=("wrong", "crash", "hang", "stale"), help="a fault to be found")
+    parser.add_argument("--plant", choices=PLANTS, help="a fault to be found")
+    parser.add_argument("--unlisted", action="store_true", help="oneDNN beyond its list of geometries, too")
+    parser.add_argument("--precision", choices=("high", "medium"), help="set_float32_matmul_precision")
+    parser.add_argument("--seconds", type=float, help="for each instruction set; the cases beyond are left")
+    parser.add_argument("--most", type=int, default=50, help="findings of a worker after which it stops")
     parser.add_argument("--strict", action="store_true", help="R3D_KERNELS_FP32=strict")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", help="a file for the figures and findings")
     options = parser.parse_args()
-    isas = _here() if options.isa == "all" else (None,) if options.isa == "best" else options.isa.split(",")
+    isas = _here() if options.isa == "all" else options.isa.split(",")
+    isas = [None if isa == "best" else isa for isa in isas]
+    if unknown := set(isas) - {None, *_here()}:
+        parser.error(f"--isa: this processor has {', '.join(_here())}, got {', '.join(sorted(unknown))}")
     total, begin, findings = Tally(), time.monotonic(), []
     share = -(-options.cases // options.workers)
     rows = []
     for isa in isas:
         start = time.monotonic()
+        until = None if options.seconds is None else time.time() + options.seconds
         parts = range(options.first, options.first + options.cases, share)
 
-        def part(first: int, isa: str | None = isa) -> Tally:
+        def part(first: int, isa: str | None = isa, until: float | None = until) -> Tally:
             count = min(share, options.first + options.cases - first)
             how = {
                 "mode": options.mode,
                 "only": options.only,
                 "plant": options.plant,
                 "strict": options.strict,
+                "unlisted": options.unlisted,
+                "most": options.most,
+                "precision": options.precision,
+                "until": until,
             }
             return run(options.seed, count, isa=isa, first=first, **how)
 
         with ThreadPoolExecutor(options.workers) as pool:
             tallies = list(pool.map(part, parts))
-        cases, runs = sum(t.cases for t in tallies), sum(t.runs for t in tallies)
+        cases, counts = sum(t.cases for t in tallies), sum((t.counts for t in tallies), collections.Counter())
+        runs = counts.total()
         found = [f | {"isa": isa or "best"} for t in tallies for f in t.findings]
         rate = cases / (time.monotonic() - start) * 60
         print(
             f"{isa or 'best':12} {cases:8} geometries, {runs:9} runs of kernels, {len(found)} findings, "
             f"{rate:.0f} a minute"
         )
+        for f in found:
+            print(f"{f['finding']}: {f['isa']}: {f['kernel']}: {f['what']}\n    {f['case']}")
+            print(f"    {again(f, options.mode, options.strict, options.precision)}", flush=True)
         rows.append(
             {
                 "isa": isa or "best",
@@ -200,13 +255,16 @@ def main() -> int:
                 "runs": runs,
                 "findings": len(found),
                 "a_minute": round(rate),
+                "runs_of": dict(counts),
             }
         )
         findings += found
         total.cases += cases
-        total.runs += runs
-    for f in findings:
-        print(f"{f['finding']}: {f['isa']}: {f['kernel']}: {f['what']}\n    {f['case']}")
+        total.counts += counts
+    print("  ".join(f"{name}: {count}" for name, count in total.counts.most_common()))
+    shared = collections.Counter(edge for f in findings for edge in f.get("edges") or ["no edge"])
+    for edge, count in shared.most_common():
+        print(f"{count:6} findings have: {edge}")
     print(f"seed {options.seed}: {total.cases} geometries, {total.runs} runs, {len(findings)} findings, "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     if options.json:

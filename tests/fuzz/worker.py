@@ -6,6 +6,9 @@ The oracle is float64 through torch's own operators, which use no library kernel
 from __future__ import annotations
 
 import argparse
+import collections
+import copy
+import ctypes
 import json
 import math
 import os
@@ -24,16 +27,21 @@ import r3d_kernels as r3d
 from r3d_kernels import _cpu_kernels, _layer, backends
 from r3d_kernels._cpu_kernels import AmxCpu, DirectCpu
 from r3d_kernels._kernel import Layer, Request, fp32_mode
+from r3d_kernels._torch_kernels import OneDnn
 from r3d_kernels.problems import ProblemTensors
 
 try:
-    from fuzz.geometry import Case, draw
+    from fuzz.geometry import Case, draw, edges
 except ImportError:  # run as a file
-    from geometry import Case, draw
+    from geometry import Case, draw, edges
 
 FLOAT32 = 5e-6
 STRICT_FLOOR = 1e-6
 BFLOAT16 = 2 * 2.0**-8
+# Where the user allows coarser products with torch.set_float32_matmul_precision
+PRECISION = {"highest": FLOAT32, "high": FLOAT32, "medium": 1e-2}
+# It rounds after every layer, and mean and shift of one channel may cancel: this is about garbage.
+STOCK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _EITHER = 1.5e300  # stands for an output that may be finite or not
 
 
@@ -70,6 +78,42 @@ class _PlantedHang(DirectCpu):
         return super().run(pack, x, residual, request)
 
 
+class _PlantedOverread(DirectCpu):
+    """Reads one byte behind its input."""
+
+    name = "planted overread"
+
+    def run(self, pack, x, residual, request):
+        if x.numel() and x.is_contiguous():
+            ctypes.string_at(x.data_ptr() + x.numel() * x.element_size(), 1)
+        return super().run(pack, x, residual, request)
+
+
+class _PlantedOverwrite(DirectCpu):
+    """Writes to its input."""
+
+    name = "planted overwrite"
+
+    def run(self, pack, x, residual, request):
+        y = super().run(pack, x, residual, request)
+        x[..., -1:].add_(1.0)
+        return y
+
+
+class _OneDnnAnywhere(OneDnn):
+    """oneDNN where it is not known to be right, too: what its list of geometries is made from."""
+
+    name = "oneDNN anywhere"
+
+    def can_run(self, request):
+        p = request.problem
+        if request.dtype not in (torch.float32, torch.bfloat16) or p.n == 0 or (p.groups != 1 and p.residual):
+            return "torch has no such operator"
+        if request.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this processor"
+        return None
+
+
 class _EmulatedAmx(AmxCpu):
     """The AMX kernels in plain loops, which run on any processor."""
 
@@ -87,7 +131,13 @@ class _EmulatedAmx(AmxCpu):
 
 
 def plant(fault: str | None) -> None:
-    faults = {"wrong": _PlantedWrong, "crash": _PlantedCrash, "hang": _PlantedHang}
+    faults = {
+        "wrong": _PlantedWrong,
+        "crash": _PlantedCrash,
+        "hang": _PlantedHang,
+        "overread": _PlantedOverread,
+        "overwrite": _PlantedOverwrite,
+    }
     if fault in faults:
         backends.KERNELS.insert(0, faults[fault]())
     elif fault == "stale":
@@ -98,7 +148,13 @@ def plant(fault: str | None) -> None:
 
 
 def _wrong(
-    y: Tensor, want: Tensor, before: Tensor, magnitude: float, limit: float, poisoned: bool
+    y: Tensor,
+    want: Tensor,
+    before: Tensor,
+    magnitude: float,
+    limit: float,
+    poisoned: bool,
+    few: bool = False,
 ) -> str | None:
     """None, or what is wrong. want: float64; before: the same before the activation."""
     if y.shape != want.shape:
@@ -115,12 +171,29 @@ def _wrong(
         y, want, before = y[rest], want[rest], before[rest]
     if not bool(y.isfinite().all()):
         return f"{int((~y.isfinite()).sum())} outputs are not finite"
-    distance, size = float((y - want).norm()), float(want.norm())
-    if want.numel() < 64 or int((want != 0).sum()) < 32:
-        # A handful of outputs may cancel to nearly nothing: the size of the terms is the scale then.
-        size = max(size, float(before.norm()), magnitude)
+    distance, size = float((y - want).norm()), _size(want, before, magnitude, few)
     error = distance / size if size else distance
     return None if error <= limit else f"relative L2 error {error:.1e}, allowed {limit:.1e}"
+
+
+def _size(want: Tensor, before: Tensor, magnitude: float, few: bool = False) -> float:
+    """What errors are relative to."""
+    size = float(want.norm())
+    if few or want.numel() < 64 or int((want != 0).sum()) < 32:
+        # A handful of outputs may cancel to nearly nothing: the size of the terms is the scale then.
+        size = max(size, float(before.norm()), magnitude)
+    # Where a ReLU leaves next to nothing, the errors are still those of what there was before it.
+    return max(size, float(before.norm()) / 4)
+
+
+def _written(t: ProblemTensors, was: list[Tensor | None]) -> str | None:
+    """Which input is no longer what it was, bit by bit."""
+    for name, now, before in zip(("x", "weight", "residual"), (t.x, t.weight, t.residual), was, strict=True):
+        if before is not None:
+            bits = torch.int32 if now.dtype == torch.float32 else torch.int16
+            if not torch.equal(now.view(bits), before.view(bits)):
+                return f"wrote to {name}"
+    return None
 
 
 class _Oracle:
@@ -153,16 +226,18 @@ class _Oracle:
         if case.dtype == torch.bfloat16:
             return BFLOAT16
         if fp32_mode() == "strict" and stock is not None and self.want.numel():
-            error = float((stock.double() - self.want).norm()) / (float(self.want.norm()) or 1.0)
+            error = float((stock.double() - self.want).norm()) / (
+                _size(self.want, self.before, self.magnitude) or 1.0
+            )
             return max(2 * error, STRICT_FLOOR) if math.isfinite(error) else FLOAT32
-        return FLOAT32
+        return PRECISION[torch.get_float32_matmul_precision()]
 
 
 class Worker:
     def __init__(self, progress: str | None, skip: set[str], only: str | None) -> None:
         self.fd = None if progress is None else os.open(progress, os.O_WRONLY | os.O_CREAT, 0o600)
         self.skip, self.only = skip, only
-        self.runs = self.cases = 0
+        self.counts: collections.Counter[str] = collections.Counter()  # runs by kernel
         self.emulated = [_EmulatedAmx(k.tile) for k in backends.KERNELS if isinstance(k, AmxCpu)]
 
     def note(self, case: object, number: str, kernel: str) -> bool:
@@ -171,22 +246,36 @@ class Worker:
         if key in self.skip or (self.only is not None and self.only not in kernel):
             return False
         if self.fd is not None:
-            text = json.dumps({"key": key, "case": str(case), "kernel": kernel}).encode()
-            os.pwrite(self.fd, text.ljust(1000), 0)
+            told = {"key": key, "case": str(case), "kernel": kernel, "edges": self.edges_of(case)}
+            os.pwrite(self.fd, json.dumps(told).encode().ljust(1000), 0)
         return True
 
+    @staticmethod
+    def edges_of(case: object) -> list[str]:
+        return edges(case.problem) if isinstance(case, Case) else []
+
     def tell(self, case: object, kernel: str, what: str) -> None:
-        print(json.dumps({"finding": "wrong", "case": str(case), "kernel": kernel, "what": what}), flush=True)
+        told = {"finding": "wrong", "case": str(case), "kernel": kernel, "what": what}
+        print(json.dumps(told | {"edges": self.edges_of(case)}), flush=True)
 
     def convolution(self, case: Case) -> None:
+        os.environ["R3D_KERNELS_MEMORY"] = case.memory
+        torch.set_num_threads(case.threads)
         p, t = case.problem, case.tensors()
+        was = [None if v is None else v.clone() for v in (t.x, t.weight, t.residual)]
         request = Request(p, case.dtype, torch.device("cpu"), torch.get_num_threads())
         oracle = _Oracle(case, t)
         poisoned = case.poison is not None
         norm = (t.running_mean, t.running_var, t.gamma, t.beta, t.eps)
         layer = Layer.of(t.weight, None, norm)
         stock = next(k for k in backends.KERNELS if k.name == "stock")
-        plain = stock.run(stock.pack(layer, request), t.x, t.residual, request) if p.n else None
+        plain = None
+        if p.n and (self.note(case, case.number, "stock") or fp32_mode() == "strict"):  # a measure then
+            plain = stock.run(stock.pack(layer, request), t.x, t.residual, request)
+            self.counts["stock"] += 1
+            most = max(STOCK[case.dtype], oracle.limit(case, None))
+            if what := _wrong(plain, oracle.want, oracle.before, oracle.magnitude, most, poisoned):
+                self.tell(case, "stock", what)
         limit = oracle.limit(case, plain)
         for kernel in (*backends.KERNELS, *(self.emulated if p.macs < 60_000 else ())):
             if kernel.name == "stock" or kernel.can_run(request) is not None:
@@ -194,9 +283,12 @@ class Worker:
             if not self.note(case, case.number, kernel.name):
                 continue
             y = kernel.run(kernel.pack(layer, request), t.x, t.residual, request)
-            self.runs += 1
+            self.counts[kernel.name] += 1
             if what := _wrong(y, oracle.want, oracle.before, oracle.magnitude, limit, poisoned):
                 self.tell(case, kernel.name, what)
+            if what := _written(t, was):
+                self.tell(case, kernel.name, what)
+                return  # what follows would be compared with something else
         if self.note(case, case.number, "API"):
             self.api(case, t, oracle, limit)
 
@@ -213,7 +305,7 @@ class Worker:
         with torch.inference_mode():
             for _ in range(2):  # the long way, then that of later calls
                 y = module(t.x, t.residual)
-                self.runs += 1
+                self.counts["API"] += 1
                 if what := _wrong(
                     y, oracle.want, oracle.before, oracle.magnitude, limit, case.poison is not None
                 ):
@@ -247,7 +339,7 @@ class Worker:
                 z = F.conv3d(x.double(), conv.weight.double(), bias, padding=1)
                 named = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
                 before = F.batch_norm(z, *(v.double() for v in named), False, 0.0, bn.eps)
-            self.runs += 1
+            self.counts["state"] += 1
             limit = 4 * BFLOAT16 if cast else FLOAT32
             if what := _wrong(y, F.relu(before), before, float(before.norm()), limit, False):
                 self.tell(f"{number} c{c}k{k} {backend}{' autocast' if cast else ''}", " > ".join(done), what)
@@ -272,7 +364,7 @@ class Worker:
         if self.note(case, number, "max-pool") and x.numel():
             y = r3d.ops.max_pool3d(x, kernel, stride, padding)
             want = F.max_pool3d(x.double(), kernel, stride, padding)
-            self.runs += 1
+            self.counts["max-pool"] += 1
             if not torch.equal(y.double().nan_to_num(7e300), want.nan_to_num(7e300)):
                 self.tell(case, "max-pool", "other maxima than torch's")
         if self.note(case, number, "head") and x.numel():
@@ -282,9 +374,10 @@ class Worker:
             size = float(
                 (x.double().abs().mean((2, 3, 4)) @ weight.double().abs().T).nan_to_num(0, 0, 0).norm()
             )
-            self.runs += 1
+            self.counts["head"] += 1
             limit = FLOAT32 if x.dtype == torch.float32 else BFLOAT16
-            if what := _wrong(y, before, before, size, limit, True):
+            few = x.shape[0] * x.shape[1] < 64  # means, which all outputs share
+            if what := _wrong(y, before, before, size, limit, True, few):
                 self.tell(case, "head", what)
 
 
@@ -293,6 +386,41 @@ _POOL_SIZES = (1, 2, 3, 5, 8, 13)
 
 def _slices(module: nn.Module, r: random.Random) -> None:
     module.conv.weight.data[:, r.randrange(module.conv.in_channels) :: 2] *= 0.2
+
+
+def _one_index(module: nn.Module, r: random.Random) -> None:
+    weight = module.conv.weight.data
+    axis = r.randrange(5)
+    weight.select(axis, r.randrange(weight.shape[axis])).mul_(-0.5)
+
+
+def _trained(module: nn.Module, r: random.Random) -> None:
+    """A step of training: a forward that moves the statistics, an optimizer that moves the parameters."""
+    with torch.enable_grad():
+        module.train()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+        module(torch.randn(2, module.conv.in_channels, 2, 3, 3)).square().mean().backward()
+        optimizer.step()
+        module.eval()
+        module.zero_grad()
+
+
+def _through_double(module: nn.Module, r: random.Random) -> None:
+    module.double()
+    module.conv.weight.data.mul_(0.3)
+    module.float()
+
+
+def _other_memory(module: nn.Module, r: random.Random) -> None:
+    with torch.no_grad():
+        module.conv.weight.set_(torch.randn_like(module.conv.weight))
+
+
+def _shared(module: nn.Module, r: random.Random) -> None:
+    """A deep copy's parameters, then writes to what it was copied from."""
+    other = copy.deepcopy(module)
+    module.conv.weight.data = other.conv.weight.data
+    other.conv.weight.data.neg_()
 
 
 def _transposed(module: nn.Module, r: random.Random) -> None:
@@ -323,6 +451,11 @@ def _swapped(module: nn.Module, r: random.Random) -> None:
 
 _CHANGES = {
     "weight.data[:, i::2] *=": _slices,
+    "weight.data[one index of an axis] *=": _one_index,
+    "a step of training": _trained,
+    "double and back": _through_double,
+    "weight.set_": _other_memory,
+    "memory of a copy": _shared,
     "weight.data = transposed": _transposed,
     "weight.data.copy_(flipped)": _reversed_in_place,
     "weight.mul_": lambda m, r: torch.no_grad()(m.conv.weight.mul_)(-0.5),
@@ -352,15 +485,25 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--mode", choices=("convolution", "state", "pools"), default="convolution")
     parser.add_argument("--only", help="run kernels with this in their name")
-    parser.add_argument("--plant", choices=("wrong", "crash", "hang", "stale"))
+    parser.add_argument("--plant", choices=("wrong", "crash", "hang", "overread", "overwrite", "stale"))
+    parser.add_argument("--unlisted", action="store_true", help="oneDNN beyond its list of geometries, too")
+    parser.add_argument("--precision", choices=PRECISION, default="highest")
+    parser.add_argument("--until", type=float, help="time.time() at which to stop")
     parser.add_argument("--progress", help="a file that names what runs now")
     parser.add_argument("--skip", action="append", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(options.precision)
     plant(options.plant)
+    if options.unlisted:
+        backends.KERNELS.insert(0, _OneDnnAnywhere())
     worker = Worker(options.progress, set(options.skip), options.only)
     with torch.no_grad():
-        for index in range(options.first, options.first + options.cases):
+        end = options.first + options.cases
+        for index in range(options.first, end):
+            if options.until is not None and time.time() > options.until:
+                end = index
+                break
             if options.mode == "convolution":
                 worker.convolution(draw(options.seed, index))
             elif options.mode == "state":
@@ -368,10 +511,9 @@ def main() -> int:
                     worker.state(options.seed, index)
             else:
                 worker.pools(options.seed, index)
-            worker.cases += 1
             if index % 20 == 0:
-                print(json.dumps({"at": index + 1, "runs": worker.runs}), flush=True)
-    print(json.dumps({"at": options.first + options.cases, "runs": worker.runs, "done": True}), flush=True)
+                print(json.dumps({"at": index + 1, "runs": worker.counts}), flush=True)
+    print(json.dumps({"at": end, "runs": worker.counts, "done": True}), flush=True)
     return 0
 
 
