@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,31 @@ def _mapped() -> set[str]:
     return {fields[5] for line in text.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
 
 
+_ORIGIN = "__r3d_kernels_origin__"  # of torch.ops.r3d_kernels: the folder of the copy that was imported
+
+
 def _refuse_a_second_copy() -> None:
-    """Raises ImportError where another file has registered our operators: torch would end the process."""
+    """Raises ImportError where another copy has registered our operators: torch would end the process, or say nothing
+    that tells what to do.
+    """
+    _refuse_a_second_library()
+    namespace, folder = torch.ops.r3d_kernels, os.path.dirname(os.path.abspath(__file__))
+    registered = hasattr(namespace, "conv3d_bn_act")  # that one by Python
+    if registered and "r3d_kernels.ops.conv3d_compiled" not in sys.modules:
+        origin = vars(namespace).get(_ORIGIN, "a copy that is of another version")
+        if origin == folder:
+            raise ImportError(
+                f"r3d_kernels of {folder} was imported before and taken out of sys.modules, and torch cannot register "
+                "its operators twice; keep the module that was imported, or start Python anew"
+            )
+        raise ImportError(
+            f"two copies of r3d_kernels in one process: {origin} has registered torch.ops.r3d_kernels, so {folder} "
+            "cannot be loaded beside it; keep one of them on sys.path and start Python anew"
+        )
+    setattr(namespace, _ORIGIN, folder)
+
+
+def _refuse_a_second_library() -> None:
     try:
         torch.ops.r3d_kernels.conv3d_direct  # noqa: B018 - whether it is there
     except AttributeError:

@@ -1,10 +1,11 @@
 """The tuning cache: which kernel was measured to be the fastest for a layer, remembered on disk.
 
-One JSON file, `tuning-v1.json`, in `$R3D_KERNELS_CACHE`, else `$XDG_CACHE_HOME/r3d_kernels`, else
-`~/.cache/r3d_kernels`. Entries are grouped by machine (processor, instruction set, threads, torch, package version),
-so that a home directory shared by several machines holds them side by side. Written aside and renamed; a damaged file
-is ignored with a warning and replaced at the next write: whatever lies there, a forward pass goes on. Only regular
-files are opened. `R3D_KERNELS_TUNE=0` neither measures, reads nor writes.
+One JSON file, `tuning-v1.json`, in `$R3D_KERNELS_CACHE` (`~` is the home; a relative one is of the current folder),
+else `$XDG_CACHE_HOME/r3d_kernels`, else `~/.cache/r3d_kernels`. Entries are grouped by machine (processor, instruction
+set, threads, torch, package version), so that a home directory shared by several machines holds them side by side.
+Written aside and renamed; a damaged file or entry is ignored with a warning and replaced at the next write: whatever
+lies there, a forward pass goes on. Only regular files are opened. `R3D_KERNELS_TUNE=0` neither measures, reads nor
+writes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ __all__ = [
 _FORMAT = 1
 _MOST_BYTES = 64 << 20  # of a cache: thousands of networks take less
 _MOST_LOOKS = 1000  # that an entry can ask for
+_LONGEST_WAIT = 10.0  # seconds, for another process to write; it takes milliseconds
 
 
 def enabled() -> bool:
@@ -58,12 +60,26 @@ def enabled() -> bool:
 
 
 def cache_path() -> Path:
-    """Where the tuning cache of this user lies."""
+    """Where the tuning cache of this user lies; no absolute path where there is no such place, as without a home."""
     # No shell expands the tilde of `ENV R3D_KERNELS_CACHE=~/x` in a Dockerfile or of os.environ[...] = "~/x".
-    if folder := os.environ.get("R3D_KERNELS_CACHE"):
-        return Path(os.path.expanduser(folder)) / "tuning-v1.json"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(os.path.expanduser(base)) / "r3d_kernels" / "tuning-v1.json"
+    folder = os.path.expanduser(os.environ.get("R3D_KERNELS_CACHE", ""))
+    if not folder:
+        base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+        if not os.path.isabs(base):  # is to be ignored then, says its specification
+            base = os.path.expanduser(os.path.join("~", ".cache"))
+        folder = os.path.join(base, "r3d_kernels")
+    path = Path(folder) / "tuning-v1.json"
+    if not folder.startswith("~"):  # of a user that there is not: no folder of this name is wanted
+        with contextlib.suppress(OSError):  # the current folder may be gone
+            path = path.absolute()
+    return path
+
+
+def _make_folder(path: Path) -> None:
+    """Makes the folder of a file of the cache; OSError where none can be."""
+    if not path.is_absolute():
+        raise OSError(errno.ENOENT, "there is no such home or current folder", str(path.parent))
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _open_regular(path: Path, flags: int) -> int:
@@ -98,7 +114,7 @@ def read_regular(path: Path, most: int = _MOST_BYTES) -> bytes:
 def check_writable() -> None:
     """Raises OSError where nothing can be remembered; a forward pass goes on there, and measures again next time."""
     path = cache_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
@@ -179,7 +195,7 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
     def _leave(self) -> None:
         import fcntl
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path)
         descriptor = _open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         # Its lock is held until the attempt ends.
         file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -202,6 +218,7 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
             with contextlib.suppress(OSError):
                 if not self.lost:
                     self.path.unlink(missing_ok=True)
+                _unlock(self._file)
                 self._file.close()
             self._file = None
 
@@ -240,25 +257,62 @@ def _entry(entry: Any, problem: str) -> dict[str, Any]:
     return good | ({"again": int(again)} if again else {})
 
 
-def read_cache(path: Path) -> tuple[dict[str, dict[str, dict]], str | None]:
-    """The entries by machine and problem, and why there are none where the file cannot be used; never raises."""
+@contextlib.contextmanager
+def _noted(wrong: list[str]) -> Iterator[None]:
     try:
+        yield
+    except ValueError as e:
+        wrong.append("" if wrong else str(e))  # the first is told; there may be millions
+
+
+def read_cache(path: Path) -> tuple[dict[str, dict[str, dict]], str | None]:
+    """The entries by machine and problem, and what is wrong with the file or with the first that is left out.
+
+    Never raises.
+    """
+    try:
+        if not path.is_absolute():
+            raise OSError(errno.ENOENT, "there is no such home or current folder", str(path.parent))
         data = json.loads(read_regular(path).decode("utf-8"))
         found = data.get("format") if isinstance(data, dict) else data
         if not isinstance(data, dict) or found != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}, got {reprlib.repr(found)}")
-        machines = {
-            machine: {
-                problem: _entry(entry, problem) for problem, entry in _mapping(entries, machine).items()
-            }
-            for machine, entries in _mapping(data.get("machines"), "machines").items()
-        }
-        return machines, None
-    except FileNotFoundError:
-        return {}, None
+        machines: dict[str, dict[str, dict]] = {}
+        wrong: list[str] = []
+        for machine, entries in _mapping(data.get("machines"), "machines").items():
+            with _noted(wrong):
+                for problem, entry in _mapping(entries, machine).items():
+                    with _noted(wrong):
+                        machines.setdefault(machine, {})[problem] = _entry(entry, problem)
+        if not wrong:
+            return machines, None
+        return machines, wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+    except FileNotFoundError as e:
+        return {}, None if path.is_absolute() else str(e)
     # RecursionError: what is nested a thousand times over.
     except (OSError, ValueError, RecursionError, MemoryError) as e:
         return {}, f"{type(e).__name__}: {e}"
+
+
+def _try_lock(file: IO[bytes]) -> bool | None:
+    """Whether the lock is ours now; None while another process has it, False where the system has no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _unlock(file: IO[Any]) -> None:
+    """Closing it is not enough: a child that another thread has forked meanwhile has the lock too, for all its life."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class TuningCache:
@@ -273,12 +327,14 @@ class TuningCache:
         self._path: Path | None = None
         self._entries: dict[str, dict[str, dict]] = {}
         self._unsaved: set[tuple[str, str]] = set()
+        self._patience = _LONGEST_WAIT
 
     @staticmethod
     def _read(path: Path, quiet: bool = False) -> dict[str, dict[str, dict]]:
         machines, damage = read_cache(path)
         if damage and not quiet:
-            warnings.warn(f"tuning cache {path} is ignored: {damage}", stacklevel=2)
+            part = " in part" if machines else ""
+            warnings.warn(f"tuning cache {path} is ignored{part}: {damage}", stacklevel=2)
         return machines
 
     def _load(self) -> None:
@@ -342,22 +398,39 @@ class TuningCache:
             self._entries = {}
             return count
 
-    @staticmethod
     @contextlib.contextmanager
-    def _alone(path: Path) -> Iterator[None]:
-        """No other process changes the file meanwhile, where the system has locks."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _alone(self, path: Path) -> Iterator[None]:
+        """No other process changes the file meanwhile, where the system has locks.
+
+        Raises:
+            OSError: where another process keeps the lock for long: it was stopped, say.
+        """
+        _make_folder(path)
         with open(_open_regular(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT), "rb+") as lock:
             # Without one (some network file systems) a write is still whole, but may lose another process's entry.
-            with contextlib.suppress(ImportError, OSError):
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = self._locked(lock, path)
+            if locked:
                 # Whoever holds the lock knows that nobody else writes: these are of processes that were killed.
-                for aside in path.parent.glob(f"{path.name}*.tmp"):
-                    with contextlib.suppress(OSError):
-                        aside.unlink()
-            yield
+                with contextlib.suppress(OSError):
+                    for aside in path.parent.glob(f"{path.name}*.tmp"):
+                        with contextlib.suppress(OSError):
+                            aside.unlink()
+            try:
+                yield
+            finally:
+                if locked:
+                    _unlock(lock)
+
+    def _locked(self, lock: IO[bytes], path: Path) -> bool:
+        """Whether this process has the lock now; False where the system has none."""
+        end = time.monotonic() + self._patience
+        while (locked := _try_lock(lock)) is None:
+            if time.monotonic() >= end:
+                self._patience = 0.0  # not so long for each layer: until the lock was free once
+                raise OSError(errno.ETIMEDOUT, "locked by another process", str(path))
+            time.sleep(0.002)
+        self._patience = _LONGEST_WAIT
+        return locked
 
     def _update(self, gone: Collection[tuple[str, str]]) -> int:
         """Brings file and memory together, less `gone`; how many of those there were."""
@@ -366,7 +439,7 @@ class TuningCache:
         with self._alone(path):
             merged = self._read(path, quiet=True)
             removed = sum(merged.get(machine, {}).pop(problem, None) is not None for machine, problem in gone)
-            unfit = {}  # a clock that stood still, say: one such entry would have the whole file ignored
+            unfit = {}  # a clock that stood still, say: it would be warned of when it is read
             for machine, problem in self._unsaved:
                 entry = self._entries[machine][problem]
                 try:

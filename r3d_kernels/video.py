@@ -94,7 +94,9 @@ class _Stream:
             raise VideoError(self.path, "is a directory, not a video file")
         if not os.path.exists(self.path):
             raise VideoError(self.path, "no such file")
-        if os.path.isfile(self.path) and os.path.getsize(self.path) == 0:
+        if not os.path.isfile(self.path):  # a pipe would hang, a device never end, and a file is opened twice
+            raise VideoError(self.path, "is no regular file but a pipe, a socket or a device")
+        if os.path.getsize(self.path) == 0:
             raise VideoError(self.path, "is empty (0 bytes)")
         self._av = _import_av()
         try:

@@ -89,6 +89,22 @@ def test_the_same_file_once_more_is_no_second_copy() -> None:
     assert said == f"True None {_extension.path}"
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_the_package_once_more_is_refused_in_words(built) -> None:
+    """Some tools empty sys.modules; also where there is no library, and only Python has registered an operator."""
+    hidden = "" if built else "sys.modules['r3d_kernels._C'] = None\n"
+    said = python(f"{hidden}import r3d_kernels\n{FORGET}\n{hidden}{IMPORT}")
+    assert said.startswith(f"r3d_kernels of {OURS} was imported before and taken out of sys.modules")
+
+
+def test_a_second_copy_without_a_library(library) -> None:
+    folder, hidden = str(library.parents[1]), "sys.modules['r3d_kernels._C'] = None\n"
+    said = python(hidden + FIRST["import"].format(folder=folder) + "\n" + hidden + IMPORT)
+    assert said.startswith("two copies of r3d_kernels in one process: ")
+    assert str(library.parent) in said
+    assert str(OURS) in said
+
+
 def test_where_nobody_tells_what_is_loaded(monkeypatch) -> None:
     monkeypatch.setattr(_extension, "_mapped", set)
     _extension._refuse_a_second_copy()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -290,3 +291,152 @@ def test_the_tilde_is_the_home(monkeypatch, tmp_path, variable) -> None:
     assert tuning.cache_path().is_relative_to(tmp_path / "x")
     monkeypatch.setenv(variable, "/a~/x")
     assert tuning.cache_path().is_relative_to("/a~/x")
+
+
+def test_bad_entries_do_not_take_the_good_ones_along(cache) -> None:
+    entries = {"a": GOOD, "b": {**GOOD, "seconds": None}, "c": 3, "d": GOOD}
+    cache.write_text(json.dumps({"format": 1, "machines": {"m": entries, "n": [], "o": {"e": GOOD}}}))
+    with pytest.warns(UserWarning, match=r"is ignored in part: b: seconds: .* \(and 2 more\)"):
+        assert tuning.shared.get("m", "d") == GOOD
+    tuning.shared.put("m", "f", "direct", {"direct": 1.0})
+    good = {"m": {"a": GOOD, "d": GOOD, "f": GOOD}, "o": {"e": GOOD}}
+    assert tuning.read_cache(cache) == (good, None)
+
+
+@pytest.mark.parametrize("variable", ["R3D_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_no_such_home(monkeypatch, tmp_path, variable) -> None:
+    """Nothing is made whose name begins with a tilde; a forward pass goes on, and a user who asks is told."""
+    for name in ("R3D_KERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable == "HOME":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a line in /etc/passwd
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv(variable, "~no-such-user/x")
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    if variable == "XDG_CACHE_HOME":  # is not absolute, and so to be ignored
+        assert tuning.cache_path().is_relative_to(tmp_path / "home" / ".cache")
+        return
+    with pytest.warns(UserWarning, match="is ignored: .*there is no such home"):
+        forward()
+    with pytest.raises(OSError, match="there is no such home"):
+        tuning.check_writable()
+    assert tuning.shared.clear() == 0
+    with tuning.Attempt("a kernel") as attempt:
+        assert attempt.earlier is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_folder_is_of_the_current_one(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("R3D_KERNELS_CACHE", "x")
+    monkeypatch.chdir(tmp_path)
+    shared = tuning.TuningCache()
+    shared.put("m", "p", "direct", {"direct": 1.0})
+    assert (tmp_path / "x" / "tuning-v1.json").exists()
+    (tmp_path / "y").mkdir()
+    monkeypatch.chdir(tmp_path / "y")
+    assert shared.get("m", "p") is None  # another file
+    monkeypatch.setenv("R3D_KERNELS_CACHE", "")
+    assert tuning.cache_path().parent.name == "r3d_kernels"
+
+
+def test_a_current_folder_that_is_gone(monkeypatch, tmp_path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("R3D_KERNELS_TUNE", "1")
+    monkeypatch.setenv("R3D_KERNELS_CACHE", "x")
+    monkeypatch.setattr(tuning, "shared", tuning.TuningCache())
+    with pytest.warns(UserWarning, match="is ignored: .*there is no such home or current folder"):
+        forward()
+
+
+def test_a_stopped_process_that_has_the_lock(cache, monkeypatch) -> None:
+    """It is waited for once, for so long, and what was measured is written when the lock is free."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(tuning, "_LONGEST_WAIT", 0.2)
+    tuning.shared = tuning.TuningCache()
+    with open(cache.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        begin = time.monotonic()
+        for name in "abcdefgh":
+            tuning.shared.put("m", name, "direct", {"direct": 1.0})
+        assert 0.2 <= time.monotonic() - begin < 1.0
+        assert tuning.shared.get("m", "a") == GOOD
+        with pytest.raises(OSError, match="locked by another process"):
+            tuning.shared.forget("m", ["z"])
+    assert not cache.exists()
+    tuning.shared.put("m", "i", "direct", {"direct": 1.0})
+    assert set(tuning.read_cache(cache)[0]["m"]) == set("abcdefghi")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_during_a_write_does_not_keep_the_lock(cache, monkeypatch) -> None:
+    pytest.importorskip("fcntl")
+    replace, children = os.replace, []
+
+    def forking(*args) -> None:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(pid)
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", forking)
+    tuning.shared.put("m", "p", "direct", {"direct": 1.0})
+    try:
+        with open(cache.with_suffix(".lock"), "rb+") as lock:
+            assert tuning._try_lock(lock)
+    finally:
+        for pid in children:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+    assert len(children) == 1
+
+
+KILLED = """
+import os, signal, sys
+from r3d_kernels import tuning
+real = os.fdopen
+class Half:  # writes a little, and is killed
+    def __init__(self, file): self.file, self.left = file, int(sys.argv[1])
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.file.write(text)
+os.fdopen = lambda *args, **more: Half(real(*args, **more))
+tuning.shared.put("m", "q", "direct", {"direct": 1.0})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no signals")
+@pytest.mark.parametrize("writes", [0, 1, 10])
+def test_killed_in_the_middle_of_a_write(cache, writes) -> None:
+    """The old file is whole, and the next write sweeps what is left."""
+    tuning.shared.put("m", "p", "direct", {"direct": 1.0})
+    before = cache.read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(writes)], timeout=120)
+    assert done.returncode == -9
+    assert cache.read_bytes() == before
+    assert len(list(cache.parent.glob("*.tmp"))) == 1
+    tuning.shared.put("m", "r", "direct", {"direct": 1.0})
+    assert list(cache.parent.glob("*.tmp")) == []
+    assert tuning.read_cache(cache) == ({"m": {"p": GOOD, "r": GOOD}}, None)
+
+
+def test_one_trace_that_cannot_be_read_does_not_hide_the_others(cache) -> None:
+    from r3d_kernels.cli import doctor
+
+    cache.with_name("trying-a.txt").mkdir()
+    cache.with_name("trying-b.txt").write_text("a kernel\nremove")
+    told = doctor._tuning_cache()["not_survived"]
+    assert [text.split(" (")[0] for text in told] in (["not a regular file", "a kernel"], ["a kernel"])

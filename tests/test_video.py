@@ -407,3 +407,14 @@ def test_windows_that_no_memory_holds(frames):
 def test_a_crop_that_no_memory_holds():
     with pytest.raises(ValueError, match="size must be 1 to 65536, got 99999999999"):
         Transform(PRESETS["hara"], size=99999999999)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no fifos")
+def test_what_would_hang_or_never_end_is_not_opened(tmp_path):
+    fifo, link = tmp_path / "fifo.mp4", tmp_path / "zero.mp4"
+    os.mkfifo(fifo)
+    link.symlink_to("/dev/zero")
+    for path in (fifo, link):
+        for use in (probe, read_clip, lambda path: list(iter_clips(path))):
+            with pytest.raises(VideoError, match=f"{path.name}: is no regular file"):
+                use(path)

@@ -249,8 +249,15 @@ def write_json(path: str, report: dict[str, Any]) -> None:
     """Writes a report to a file, or to stdout for '-'."""
     if path == "-":
         sys.stdout.write(json_text(report, getattr(sys.stdout, "encoding", None) or "ascii"))
-    else:
-        write_atomically(path, json_text(report).encode())
+        return
+    text = json_text(report)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as e:  # a full disk, a folder that went meanwhile: what was computed is not to be lost
+        sys.stdout.write(json_text(report, getattr(sys.stdout, "encoding", None) or "ascii"))
+        raise CliError(
+            f"--json {path}: {(e.strerror or str(e)).lower()}; the JSON is on stdout instead"
+        ) from e
 
 
 def write_atomically(path: str, data: bytes) -> None:

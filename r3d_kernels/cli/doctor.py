@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from r3d_kernels._cpu import cpu_flags, cpu_model
@@ -96,11 +97,17 @@ def _tuning_cache() -> dict[str, Any]:
         found["ignored"] = common.one_line(damage)
     with contextlib.suppress(OSError):  # where there are any: what is not tried until they are removed
         if traces := [t for t in sorted(path.parent.glob("trying-*.txt")) if t.stat().st_size]:
-            found["not_survived"] = [f"{_first_line(tuning.read_regular(t))} ({t})" for t in traces]
+            found["not_survived"] = [f"{_first_line(t)} ({t})" for t in traces]
     return found
 
 
-def _first_line(data: bytes) -> str:
+def _first_line(path: Path) -> str:
+    from r3d_kernels import tuning
+
+    try:
+        data = tuning.read_regular(path)
+    except OSError as e:  # one that cannot be read must not hide the others
+        return e.strerror or type(e).__name__
     return common.one_line(data.decode(errors="replace").partition("\n")[0][:200] or "?")
 
 

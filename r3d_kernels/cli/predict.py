@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
+_MOST_LABELS = 1 << 24  # characters
+
 HELP = "labels for whole videos, as a table or as JSON"
 
 
@@ -95,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
             raise CliError(f"--weights {args.weights}: has features only, no classifier")
         for note in common.notes(model):
             err.print(f"note: {note}", soft_wrap=True, markup=False)
+        classes = getattr(getattr(model, "fc", None), "out_features", None)
+        if labels is not None and classes is not None:
+            check_labels(labels, classes)
         common.set_fused(model, not args.no_fused)
         facts = preset(args.preset or model)
         err.print(f"note: {describe_preset(facts)}", soft_wrap=True, markup=False)
@@ -116,8 +121,9 @@ def run(args: argparse.Namespace) -> int:
                 results[video] = top(scores, labels, args.topk)
             except CliError:
                 raise
-            except (ValueError, OSError, RuntimeError) as e:
-                failed[video] = common.one_line(e)
+            except (ValueError, OSError, RuntimeError, MemoryError) as e:
+                reason = common.one_line(e)
+                failed[video] = reason if video in reason else common.one_line(f"{video}: {reason}")
                 progress.remove_task(task)
                 # In full, whatever the width of the terminal: one line is what scripts look for.
                 progress.console.print(f"{common.PROG}: error: {failed[video]}", soft_wrap=True, markup=False)
@@ -186,10 +192,15 @@ def score(
     return total / count
 
 
+def check_labels(labels: list[str], classes: int) -> None:
+    if len(labels) != classes:
+        raise CliError(f"--labels has {len(labels)} names, the network has {classes} classes")
+
+
 def top(scores: Tensor, labels: list[str] | None, k: int) -> list[dict[str, Any]]:
     """The k best classes, best first; without labels a class is called by its index."""
-    if labels is not None and len(labels) != len(scores):
-        raise CliError(f"--labels has {len(labels)} names, the network has {len(scores)} classes")
+    if labels is not None:
+        check_labels(labels, len(scores))
     values, indices = scores.topk(min(k, len(scores)))
     return [
         {"label": labels[i] if labels else str(i), "score": value}
@@ -205,16 +216,18 @@ def read_labels(path: str) -> list[str]:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            text = file.read(_MOST_LABELS + 1)
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror.lower() if isinstance(e, OSError) and e.strerror else "not UTF-8 text"
         raise CliError(f"--labels {path}: {reason}") from e
+    if len(text) > _MOST_LABELS:  # an endless device, say
+        raise CliError(f"--labels {path}: larger than {_MOST_LABELS} characters")
     if not path.lower().endswith(".json"):
         names = [line.strip() for line in text.rstrip().splitlines()]
     else:
         try:
             names = _labels_from_json(json.loads(text))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise CliError(f"--labels {path}: {common.one_line(e)}") from e
     if not names:
         raise CliError(f"--labels {path}: has no names")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from r3d_kernels.models.resnet import DEPTHS, STEMS, Bottleneck, Pool, ResNet3D, Stem
 from r3d_kernels.ops.clip import channel_values
+from r3d_kernels.video import physical_memory
 
 __all__ = [
     "MEDICALNET_CONFIG",
@@ -318,9 +319,17 @@ def _beyond_storage(tensor: Tensor) -> bool:
 
 def _check_own_tensors(source: str, state: Mapping[str, Tensor]) -> None:
     """Checks what a network of this package would take; anything else is only reported, or refused by its name."""
+    claimed = 0
     for name, tensor in state.items():
         if name.endswith(_OWN_NAMES) and not name.startswith("conv_seg."):
             _check_tensor(source, name, tensor, integer=name.endswith(".num_batches_tracked"))
+            claimed += 4 * tensor.numel()
+    there = physical_memory()
+    if claimed > there:  # expanded tensors: the file is small, the network would not be
+        raise ValueError(
+            f"{source}: expected weights that fit into {there / 2**30:.1f} GiB of memory, got tensors of "
+            f"{claimed / 2**30:.1f} GiB in float32"
+        )
 
 
 # --- recognising ------------------------------------------------------------------------------------------
@@ -708,14 +717,23 @@ def _set_clip(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.clip_std = [255 * v for v in facts.std]
 
 
-def _not_finite(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+def _not_finite(source: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """Names of what the network would hold NaN or infinity of: a float64 may be too large for its type."""
     names = []
     for k, mine in own.items():
         if k in state and state[k].is_floating_point():
-            values = state[k].detach().to(mine.dtype if mine.is_floating_point() else torch.float32)
-            values = values.float() if values.dtype.itemsize == 1 else values
-            if not values.isfinite().all():
+            try:
+                values = state[k].detach().to(mine.dtype if mine.is_floating_point() else torch.float32)
+                values = values.float() if values.dtype.itemsize == 1 else values
+                finite = bool(values.isfinite().all())
+            except (
+                RuntimeError,
+                NotImplementedError,
+                TypeError,
+            ) as error:  # of a type that only looks like a tensor
+                what = f"{type(state[k]).__name__} that cannot be read ({type(error).__name__})"
+                raise ValueError(f"{source}: {_in_a_line(k)}: expected values, got a {what}") from None
+            if not finite:
                 names.append(k)
     return names
 
@@ -780,7 +798,7 @@ def _fill(
 
     for k in state.keys() & own.keys():  # those of a network of another kind, too
         _check_tensor(source, k, state[k], integer=not own[k].is_floating_point())
-    wild = _not_finite(state, own)
+    wild = _not_finite(source, state, own)
     if wild:
         some = f"{_some(wild)} of {source} {'has' if len(wild) == 1 else 'have'}"
         warnings.warn(f"{some} NaN or infinity, in the type of the network", stacklevel=3)

@@ -404,3 +404,15 @@ def test_text_that_stdout_lacks_is_escaped(monkeypatch, encoding):
     raw.truncate()
     assert main(["doctor", "--json"]) == 0
     assert strictly(raw.getvalue().decode(encoding))["name"] == "a\udcff\U0001f600"
+
+
+def test_a_report_that_cannot_be_written_is_not_lost(capsys, tmp_path, monkeypatch):
+    """The disk is full when the work is done."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "write_atomically", full)
+    with pytest.raises(common.CliError, match=r"--json .*: no space left on device; the JSON is on stdout"):
+        common.write_json(str(tmp_path / "out.json"), {"a": [1]})
+    assert strictly(capsys.readouterr().out) == {"a": [1]}

@@ -265,3 +265,49 @@ def test_labels_that_no_encoding_has(capsys, tmp_path, weights):
         text = capsys.readouterr().out
         text.encode()
         assert "\\udcff" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 10_000, '{"a": 1e999}', "NaN", '["a", null]']
+)
+def test_labels_of_any_json(tmp_path, text):
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    with pytest.raises(CliError, match=r"--labels .*labels\.json: ") as error:
+        predict.read_labels(str(path))
+    assert len(str(error.value)) < 300 + len(str(path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="the system has no endless device")
+def test_labels_without_an_end():
+    with pytest.raises(CliError, match="--labels /dev/zero: larger than"):
+        predict.read_labels("/dev/zero")
+
+
+def test_the_number_of_labels_is_checked_before_the_work(capsys, tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(predict, "score", lambda *_: pytest.fail("computed"))
+    path = tmp_path / "labels.txt"
+    path.write_text("one\ntwo\n")
+    assert main(["predict", CARPHONE, "--weights", weights, "--labels", str(path)]) == 2
+    assert "--labels has 2 names, the network has 7 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("out of\nmemory"), OSError(5, "Input/output error")]
+)
+def test_one_video_that_fails_does_not_lose_the_others(capsys, weights, monkeypatch, tmp_path, error):
+    second, score = str(tmp_path / "second.mp4"), predict.score
+    shutil.copy(CARPHONE, second)
+
+    def failing(model, clips, *rest):
+        failing.calls += 1
+        if failing.calls == 2:
+            raise error
+        return score(model, clips, *rest)
+
+    failing.calls = 0
+    monkeypatch.setattr(predict, "score", failing)
+    assert main(["predict", CARPHONE, second, "--weights", weights, "--json", "-", *SMALL, *ONE]) == 2
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)["results"]) == [CARPHONE]
+    assert f"error: {second}: " in captured.err

@@ -729,3 +729,36 @@ def test_paths_that_hang_or_never_end(tmp_path, suffix):
     for path, kind in ((fifo, "a pipe"), (link, "a device"), (unix, "a socket")):
         with pytest.raises(ValueError, match=rf"{path.name}: expected a checkpoint file, this is {kind}"):
             load_checkpoint(None, path)
+
+
+def test_tensors_that_only_look_like_ones():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    state = bare(network(stem="hara").state_dict())
+    state["fc.weight"] = FakeTensorMode().from_tensor(state["fc.weight"].detach())
+    with pytest.raises(
+        ValueError, match=r"^state dict: fc.weight: expected values, got a FakeTensor"
+    ) as error:
+        load_checkpoint(None, state)
+    one_line(error)
+
+
+def test_tensors_that_claim_more_than_there_is(monkeypatch):
+    """Each within its limit, all together not: the file of expanded tensors is small."""
+    state = {
+        k: v.reshape(-1)[:1].expand(v.numel()).reshape(v.shape) for k, v in network().state_dict().items()
+    }
+    load_checkpoint(None, state)
+    monkeypatch.setattr("r3d_kernels.models.checkpoint.physical_memory", lambda: 1000.0)
+    with pytest.raises(ValueError, match=r"expected weights that fit into 0\.0 GiB of memory") as error:
+        load_checkpoint(None, state)
+    one_line(error)
+
+
+def test_tensors_that_share_their_storage():
+    state = bare(network(stem="hara").state_dict())
+    whole = torch.cat([v.reshape(-1).float() for v in state.values()])
+    parts = whole.split([v.numel() for v in state.values()])
+    shared = {k: part.view(v.shape) for (k, v), part in zip(state.items(), parts, strict=True)}
+    got = load_checkpoint(None, shared).state_dict()
+    assert all(torch.equal(got[k], v) for k, v in state.items())
