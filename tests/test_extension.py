@@ -40,6 +40,7 @@ def python(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", f"import os, shutil, sys, torch\n{code}"],
         env={**os.environ, "PYTHONPATH": str(OURS.parent)},
+        cwd="/",  # not a checkout's, which may have no library
         capture_output=True,
         text=True,
         timeout=120,

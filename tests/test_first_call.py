@@ -28,7 +28,12 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) /
 def peak_of_first_call(kind: str, folder: str) -> float:
     env = dict(os.environ, R3D_KERNELS_CACHE=folder, R3D_KERNELS_TUNE="1")
     run = subprocess.run(
-        [sys.executable, "-c", _FIRST_CALL, kind], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _FIRST_CALL, kind],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(run.stdout)
 

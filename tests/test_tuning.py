@@ -225,7 +225,9 @@ def test_what_is_no_regular_file_is_not_opened(cache, kind) -> None:
     """In place of the cache, its lock, and the trace of an attempt: in a process that may hang or grow."""
     for path in (cache, cache.with_suffix(".lock"), tuning.Attempt("a kernel").path):
         IN_PLACE[kind](path)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], timeout=120, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd="/", timeout=120, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
 
@@ -424,7 +426,7 @@ def test_killed_in_the_middle_of_a_write(cache, writes) -> None:
     """The old file is whole, and the next write sweeps what is left."""
     tuning.shared.put("m", "p", "direct", {"direct": 1.0})
     before = cache.read_bytes()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(writes)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(writes)], cwd="/", timeout=120)
     assert done.returncode == -9
     assert cache.read_bytes() == before
     assert len(list(cache.parent.glob("*.tmp"))) == 1

@@ -69,9 +69,9 @@ def run(
         until: time.time() after which the rest is left.
     """
     tally = Tally()
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    }
+    # No empty entry, which would be the current folder: a checkout has the package without its compiled library.
+    paths = [str(HERE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     # glibc fills new memory with bytes that make huge numbers: who reads what nobody wrote shows it every time
     environment |= {"OMP_NUM_THREADS": "1", "R3D_KERNELS_TUNE": "0", "MALLOC_PERTURB_": "1"}
     if isa is not None:
@@ -151,9 +151,9 @@ def run(
 def _here() -> tuple[str, ...]:
     """The instruction sets that this processor has."""
     ask = "from r3d_kernels.backends import describe; print(describe()['best_isa'])"
-    best = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # Not in a checkout, whose package would come before the installed one.
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=HERE)
+    best = told.stdout.strip()
     return ISAS[: ISAS.index(best) + 1]
 
 
