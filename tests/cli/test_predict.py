@@ -250,7 +250,9 @@ def test_file_names_that_are_no_utf8(capsys, tmp_path, monkeypatch, weights, str
 def test_file_names_that_are_no_utf8_in_a_process(weights, strange, locale, json_out):
     argv = [sys.executable, "-m", "r3d_kernels", "predict", strange, "--weights", weights, *json_out]
     environment = {**os.environ, "PYTHONPATH": str(Path(predict.__file__).parents[2]), **locale}
-    done = subprocess.run([*argv, *SMALL, *ONE], env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*argv, *SMALL, *ONE], env=environment, cwd=tmp_path, capture_output=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     # A locale may have Python write the bytes as they were.
     assert b"caf\\udce9 \\udcff.mp4" in done.stdout or (not json_out and os.fsencode(strange) in done.stdout)
