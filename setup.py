@@ -18,7 +18,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import setup
+import setuptools
 
 PINNED_TORCH = "2.13.0"
 TORCH_RANGE = ((2, 11), (2, 15))  # first and last supported minor version
@@ -265,7 +265,7 @@ def relative(pattern: str) -> list[str]:
     return sorted(os.path.relpath(path, ROOT) for path in glob(str(ROOT / pattern), recursive=True))
 
 
-def extension(toolkit: Toolkit | None, archs: str, torch_version: str):
+def extension(toolkit: Toolkit | None, archs: str, torch_version: str) -> setuptools.Extension:
     from torch.utils.cpp_extension import CppExtension
 
     sources = relative("csrc/*.cpp") + relative("csrc/cpu/*.cpp")
@@ -297,6 +297,19 @@ def extension(toolkit: Toolkit | None, archs: str, torch_version: str):
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         py_limited_api=True,
         **options,
+    )
+
+
+def resizable() -> setuptools.Extension:
+    """The little that torch's stable interface has not, for the torch of this build alone; _C does without it."""
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "r3d_kernels._resizable",
+        relative("csrc/torch/*.cpp"),
+        depends=["setup.py"],
+        extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
+        py_limited_api=True,
     )
 
 
@@ -337,7 +350,7 @@ def build_arguments() -> dict:
                 ) from None
 
     return {
-        "ext_modules": [extension(toolkit, archs, torch.__version__)],
+        "ext_modules": [extension(toolkit, archs, torch.__version__), resizable()],
         "cmdclass": {"build_ext": BuildExt.with_options(use_ninja=shutil.which("ninja") is not None)},
     }
 
@@ -372,4 +385,4 @@ def require_setuptools() -> None:
 
 
 if __name__ == "__main__":
-    setup(**setup_arguments())
+    setuptools.setup(**setup_arguments())

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -12,6 +13,11 @@
 
 namespace r3d {
 namespace {
+
+// csrc/torch/resizable.cpp, where it was compiled against the torch that runs
+using TensorOver = AtenTensorHandle (*)(void* memory, void (*release)(void*), int64_t dims,
+                                        const int64_t* sizes, const int64_t* strides, int32_t dtype);
+std::atomic<TensorOver> g_tensor_over{nullptr};
 
 Dim3 output_size(const Dim3& in, const Dim3& kernel, const Dim3& stride, const Dim3& padding,
                  const Dim3& dilation) {
@@ -163,6 +169,13 @@ Tensor empty_channels_last(const Ints& shape, const Tensor& like) {
   if (like.is_cpu() && bytes >= cpu::kRecycledFrom) {
     const int64_t w = shape[1], h = shape[4] * w, d = shape[3] * h, n = shape[2] * d;
     void* memory = cpu::take(bytes);
+    if (const TensorOver over = g_tensor_over.load(std::memory_order_acquire)) {
+      const Ints strides{n, 1, d, h, w};
+      const auto y = over(memory, &cpu::give_back, 5, shape.data(), strides.data(),
+                          static_cast<int32_t>(like.scalar_type()));
+      R3D_CHECK(y != nullptr, "no tensor of shape ", text(shape), " could be made");
+      return Tensor(y);
+    }
     return torch::stable::from_blob(memory, shape, Ints{n, 1, d, h, w}, like.device(), like.scalar_type(),
                                     &cpu::give_back);
   }
@@ -453,6 +466,11 @@ STABLE_TORCH_LIBRARY(r3d_kernels, m) {
       "conv3d_sm90_stem_refuses(int[] input, int[] weight, int[] stride, int[] padding, int[] dilation, "
       "ScalarType dtype, int pool_frames=0) -> str");
   m.def("conv3d_sm90_stem_layout(int[] weight, int[] stride) -> int[]");
+}
+
+// Large outputs are tensors made by this function from now on.
+extern "C" __attribute__((visibility("default"))) void r3d_make_tensors_by(void* tensor_over) {
+  r3d::g_tensor_over.store(reinterpret_cast<r3d::TensorOver>(tensor_over), std::memory_order_release);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r3d_kernels, CompositeExplicitAutograd, m) {

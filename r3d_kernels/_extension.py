@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -74,6 +75,26 @@ try:
     path = Path(_module.__file__) if _module.__file__ else None
 except ImportError as e:
     error = e
+
+
+def _make_outputs_resizable() -> str | None:
+    """Has large outputs on a CPU made by csrc/torch, so that they can be resized; else says why not."""
+    spec = importlib.util.find_spec("r3d_kernels._resizable")
+    if spec is None or spec.origin is None:
+        return "r3d_kernels._resizable was not compiled"
+    try:
+        library, core = ctypes.CDLL(spec.origin), ctypes.CDLL(str(path))
+        major, minor = divmod(library.r3d_torch_minor(), 100)
+        if torch.__version__.split(".")[:2] != [str(major), str(minor)]:
+            return f"was compiled for torch {major}.{minor}, this is torch {torch.__version__}"
+        core.r3d_make_tensors_by(ctypes.cast(library.r3d_tensor_over, ctypes.c_void_p))
+    except (OSError, AttributeError) as e:  # of another torch: a symbol is missing
+        return str(e)
+    return None
+
+
+# Why outputs of more than 1 MiB on a CPU have a fixed size: torch.cat(..., out=y) raises where y is too small.
+not_resizable: str | None = str(error) if error is not None else _make_outputs_resizable()
 
 has_cuda = error is None and hasattr(torch.ops.r3d_kernels, "conv3d_sm80")  # compiled with nvcc
 

@@ -206,13 +206,15 @@ def _compiled() -> Iterator[tuple[str, str]]:
 def describe() -> dict[str, Any]:
     """What was compiled and what is used here.
 
-    Keys: extension (path or None), error (why it could not be loaded, or None), isa, best_isa, isa_features, compiler,
-    torch_built_with, cuda_compiled, cuda_toolkit, cuda_archs, threads, machine, tuning_cache.
+    Keys: extension (path or None), error (why it could not be loaded, or None), fixed_outputs (why outputs of more than
+    1 MiB on a CPU cannot be resized, or None), isa, best_isa, isa_features, compiler, torch_built_with, cuda_compiled,
+    cuda_toolkit, cuda_archs, threads, machine, tuning_cache.
     """
     facts = dict(_compiled())
     return {
         "extension": str(_extension.path) if _extension.path else None,
         "error": str(_extension.error) if _extension.error else None,
+        "fixed_outputs": _extension.not_resizable,
         "isa": facts.get("isa", "none"),
         "best_isa": facts.get("best_isa", "none"),
         "isa_features": [f for f in _CPU_FEATURES if f in _cpu.cpu_flags()],

@@ -16,7 +16,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 STOCK_BROKEN = 0.1
 # (layer, network) in float32 where the user allows coarser products; about three times what they make.
 _TF32 = (1e-3, 1e-3)
-_BF16_PRODUCTS = {"high": (FLOAT32_OP, 1e-4), "medium": (1e-2, 5e-2)}  # of operands in two parts, in one
+_BF16_PRODUCTS = {"high": (3e-5, 1e-4), "medium": (1e-2, 5e-2)}  # of operands in two parts, in one
 
 
 def _coarser(device: torch.device) -> tuple[float, float]:

@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from r3d_kernels import _keeping
+
 settings.register_profile(
     "default",
     deadline=None,  # shared machines
@@ -48,9 +50,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Every test starts from the same random state and leaves the number of threads as it was."""
+def _same_start(monkeypatch):
+    """Every test starts from the same random state and with no weights kept, and leaves the number of threads alone."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
+    # What models of other tests keep would decide which kernels may keep weights in this one.
+    monkeypatch.setattr(_keeping, "shared", _keeping.Keeping())
     yield
     torch.set_num_threads(threads)

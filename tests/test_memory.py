@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import r3d_kernels as r3d
-from r3d_kernels import _cpu, ops
+from r3d_kernels import _cpu, _extension, ops
 from r3d_kernels._kernel import Request
 from r3d_kernels._layer import LayerState
 from r3d_kernels._race import corner
@@ -89,3 +89,57 @@ def test_nothing_waits_once_the_last_layer_is_gone() -> None:
     if not others:  # of other tests
         assert resident_mib() < with_output - 64 * 16 * 48 * 48 * 4 / MIB / 2
     assert LayerState._living == len(others)
+
+
+LARGE = {
+    "conv": lambda x: r3d.ConvBNAct3d(8, 64, 3, padding=1).eval()(x),
+    "winograd": lambda x: r3d.ConvBNAct3d(64, 64, 3, padding=1).eval()(x.repeat(1, 8, 1, 1, 1)),
+    "stem": lambda x: r3d.ConvBNAct3d(3, 64, 7, padding=3).eval()(x[:, :3]),
+    "max_pool": lambda x: ops.max_pool3d(x.repeat(1, 8, 1, 1, 1), 1, 1, 0),
+    "bn_act": lambda x: ops.bn_act(x.repeat(1, 8, 1, 1, 1), torch.ones(64), torch.zeros(64)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+def test_large_outputs_are_like_any_other_tensor(make, dtype, tmp_path) -> None:
+    """What is made of recycled memory grows, shrinks, is freed, shared, saved and copied lazily."""
+    assert _extension.not_resizable is None
+    x = torch.randn(1, 8, 16, 30, 30)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        first = make(x if dtype == torch.float32 else x.bfloat16())
+        want, strides = first.clone(), first.stride()
+        assert first.dtype == dtype
+        assert first.nbytes >= MIB
+        assert first.untyped_storage().nbytes() == first.nbytes  # not what a larger block would have
+        torch.save(first, tmp_path / "y.pt")
+        assert torch.equal(torch.load(tmp_path / "y.pt"), want)
+        first.resize_(0)
+        assert torch.equal(torch.cat([want, want], out=first), torch.cat([want, want]))
+        for change in (
+            lambda t: t.resize_(3 * t.numel()),
+            lambda t: t.untyped_storage().resize_(0),
+            lambda t: t.share_memory_(),
+            lambda t: torch._lazy_clone(t),
+        ):
+            y = make_again(want, strides)
+            other = change(y)
+            del y
+            again = make_again(want, strides)  # perhaps of the same memory
+            again.zero_()
+            if isinstance(other, torch.Tensor) and other.numel() == want.numel():
+                assert torch.equal(other, want)
+
+
+def make_again(want: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    y = ops.bn_act(want, torch.ones(want.shape[1]), torch.zeros(want.shape[1]), activation=None)
+    assert y.stride() == strides
+    assert torch.equal(y, want)
+    return y
+
+
+def test_a_library_for_another_torch_is_not_used(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.1")
+    assert "this is torch 2.99.1" in str(_extension._make_outputs_resizable())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "was not compiled" in str(_extension._make_outputs_resizable())

@@ -251,7 +251,7 @@ def test_file_names_that_are_no_utf8_in_a_process(weights, strange, locale, json
     argv = [sys.executable, "-m", "r3d_kernels", "predict", strange, "--weights", weights, *json_out]
     environment = {**os.environ, "PYTHONPATH": str(Path(predict.__file__).parents[2]), **locale}
     done = subprocess.run(
-        [*argv, *SMALL, *ONE], env=environment, cwd=tmp_path, capture_output=True, timeout=120
+        [*argv, *SMALL, *ONE], env=environment, cwd=Path(strange).parent, capture_output=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     # A locale may have Python write the bytes as they were.
@@ -295,7 +295,12 @@ def test_the_number_of_labels_is_checked_before_the_work(capsys, tmp_path, weigh
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("out of\nmemory"), OSError(5, "Input/output error")]
+    "error",
+    [
+        MemoryError,  # made in the test: its traceback holds the model
+        lambda: RuntimeError("out of\nmemory"),
+        lambda: OSError(5, "Input/output error"),
+    ],
 )
 def test_one_video_that_fails_does_not_lose_the_others(capsys, weights, monkeypatch, tmp_path, error):
     second, score = str(tmp_path / "second.mp4"), predict.score
@@ -304,7 +309,7 @@ def test_one_video_that_fails_does_not_lose_the_others(capsys, weights, monkeypa
     def failing(model, clips, *rest):
         failing.calls += 1
         if failing.calls == 2:
-            raise error
+            raise error()
         return score(model, clips, *rest)
 
     failing.calls = 0

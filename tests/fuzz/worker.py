@@ -39,7 +39,7 @@ FLOAT32 = 5e-6
 STRICT_FLOOR = 1e-6
 BFLOAT16 = 2 * 2.0**-8
 # Where the user allows coarser products with torch.set_float32_matmul_precision
-PRECISION = {"highest": FLOAT32, "high": FLOAT32, "medium": 1e-2}
+PRECISION = {"highest": FLOAT32, "high": 3e-5, "medium": 1e-2}
 # It rounds after every layer, and mean and shift of one channel may cancel: this is about garbage.
 STOCK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _EITHER = 1.5e300  # stands for an output that may be finite or not
